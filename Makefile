@@ -1,0 +1,91 @@
+# Everything runs from .venv/bin, nothing needs activating.
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+N ?= 100
+WORKERS ?= 2
+V := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo lab test bench torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.installed ## the whole chain on scikit-learn's digits; says where its report is
+	$(V)/synthlit run nbs/params/digits.yaml --out runs/demo
+
+lab: .venv/.installed-dev ## JupyterLab in nbs/
+	$(V)/jupyter lab --notebook-dir=nbs
+
+test: .venv/.installed-dev ## all checks, in the order below (CI runs this); WORKERS=2 notebooks at a time
+	@s=$$(date +%s); for c in check-pip lint check-export check-clean check-readme check-docs check-nbs check-tests; do \
+	  echo "== $$c ($$(($$(date +%s) - s)) s so far)"; $(MAKE) --no-print-directory $$c || { echo "== $$c FAILED"; exit 1; }; done
+
+bench: .venv/.installed-dev ## our speed beside public peers
+	$(V)/python tests/bench.py
+
+torture: .venv/.installed-dev ## kill runs at random moments, N=100 times, and resume them
+	SYNTHLIT_TORTURE=$(N) $(V)/python -m pytest -rs tests/test_torture.py
+
+docs: .venv/.installed-dev ## the web site, in _docs/ (needs Quarto)
+	@PATH="$(CURDIR)/$(V):$$PATH" command -v quarto >/dev/null || \
+	  { echo "make docs needs Quarto 1.7.34: https://quarto.org/docs/download or $(V)/pip install quarto-cli==1.7.34"; exit 1; }
+	$(V)/python tests/make_readme.py # a README newer than index.ipynb is left alone by nbdev_docs
+	PATH="$(CURDIR)/$(V):$$PATH" nbdev_docs
+
+README.md: nbs/index.ipynb tests/make_readme.py | .venv/.installed-dev ## from nbs/index.ipynb, without Quarto
+	$(V)/python tests/make_readme.py
+
+format: .venv/.installed-dev ## tests/ and setup.py the way lint wants them
+	$(V)/ruff check --fix-only --quiet tests setup.py
+	$(V)/ruff format tests setup.py
+
+hooks: .venv/.installed-dev ## once per clone: JupyterLab saves clean notebooks, git merges them by cell
+	$(V)/nbdev_install_hooks
+
+lint: .venv/.installed-dev ## ruff and mypy
+	$(V)/ruff format --check tests setup.py
+	$(V)/ruff check synthlit tests setup.py
+	$(V)/mypy
+
+check-pip: .venv/.installed-dev # first: one careless upgrade of fastcore breaks nbdev
+	$(V)/pip check
+
+# $(call unchanged,COMMAND,FOLDER,FILES): fail, naming the files, if the command changes any. (git diff would blame work in progress and miss new files.)
+snapshot = find $(1) -name .ipynb_checkpoints -prune -o -name '$(2)' -exec cksum {} + | sort
+define unchanged
+	@echo $(1); before=$$($(call snapshot,$(2),$(3))); $(1) || exit 1; after=$$($(call snapshot,$(2),$(3))); \
+	test "$$before" = "$$after" || { echo "$(notdir $(1)) changed these; look at them and commit them:"; \
+	  printf '%s\n' "$$before" "$$after" | sort | uniq -u | awk 'NF {print "  " $$3}' | sort -u; exit 1; }
+endef
+
+check-export: .venv/.installed-dev
+	$(call unchanged,$(V)/nbdev_export,synthlit,*.py)
+
+check-clean: .venv/.installed-dev
+	$(call unchanged,$(V)/nbdev_clean,nbs,*.ipynb)
+
+check-readme: .venv/.installed-dev
+	$(V)/python tests/make_readme.py --check
+
+check-docs: .venv/.installed-dev # what a docs build executes, without Quarto; nbdev silently makes nothing when a parent folder starts with a dot
+	$(V)/python tests/check_docs.py
+
+check-nbs: .venv/.installed-dev # OMP_NUM_THREADS: two notebooks with all threads each are several times slower
+	OMP_NUM_THREADS=1 $(V)/nbdev_test --n_workers $(WORKERS) --timing
+
+check-tests: .venv/.installed-dev # last, so that a log ends with what was skipped and how many passed
+	OMP_NUM_THREADS=1 $(V)/python -m pytest -rs tests
+
+.venv: .venv/.installed ## the environment of a user; .venv/.installed-dev: of a contributor
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"synthlit needs Python 3.11 or later, {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: settings.ini setup.py | .venv/bin/python
+	$(V)/pip install -e .
+	touch $@
+
+# one resolver call for both, so that the pins hold for everything
+.venv/.installed-dev: settings.ini setup.py | .venv/bin/python
+	$(V)/pip install -e '.[dev]'
+	touch .venv/.installed $@
