@@ -537,7 +537,7 @@ def open_stage(
     enter_folder(folder, identity, cfg)
     return Stage(stage, run, folder, cfg, found, identity, lock, machine)
 
-# %% ../nbs/00a_core.ipynb #bfa8e0dc
+# %% ../nbs/00a_core.ipynb #18a9f4c8
 def small_stage(run: Path, stage: str, name: str = '', inputs=None, **settings):
     "Run one stage's tiny preset in a run folder, in this process."
     Config, presets, go = stage_parts(stage)
@@ -557,7 +557,7 @@ def small_inputs(run: Path, stage: str):
         gens = sorted(m.parent.name for m in run.glob('gan*/manifest.json'))
         if kind == 'generator' and spec.joins: [small_stage(run, up, f'{up}-seed{i}', seed=i) for i in range(2)]
         elif 'generator' in STAGES[up].reads and not STAGES[up].joins: [small_stage(run, up, f'{up}-{g}' if len(gens) > 1 else up, {'generator': g}) for g in gens]
-        else: small_stage(run, up)
+        else: small_stage(run, up, **({'classes': 'base'} if stage == 'fewshot' and up == 'gan' else {}))
 
 # %% ../nbs/00a_core.ipynb #c7257e66
 def show_grid(

@@ -39,7 +39,7 @@ def run_blocks(f, *tensors: torch.Tensor, size: int = 128) -> torch.Tensor:
         outs.append(f(*[t[rows] for t in tensors])[:n - i])
     return torch.cat(outs)
 
-# %% ../nbs/00c_generator.ipynb #023d7eec
+# %% ../nbs/00c_generator.ipynb #96e7f0d3
 class Generator:
     "Base of all generators: the protocol and how it is kept. Subclasses give `family`, `sample`, `state` and `from_state`."
     family = ''  # 'module:Class' that loads it, e.g. 'synthlit.generator:GaussianFloor'
@@ -50,6 +50,9 @@ class Generator:
     def sample(self, labels, index, *, seed: int = 0, **dials) -> torch.Tensor:
         "uint8 N×C×H×W images of candidates `index` of classes `labels`."
         raise TypeError(f'{type(self).__name__} gives no sample()')
+    def state(self) -> tuple:
+        "(tensors, meta): all that `from_state` needs to build it again."
+        raise TypeError(f'{type(self).__name__} gives no state()')
     @property
     def digest(self) -> str: return digest(self.family, *[x for k, v in sorted(self.state()[0].items()) for x in (k, v)])
     def save(self, folder):
@@ -75,12 +78,12 @@ def load_generator(folder, device='cpu') -> Generator:
     g.classes, g.shape, g.trained = meta['classes'], tuple(meta['shape']), meta['trained']
     return g
 
-# %% ../nbs/00c_generator.ipynb #b84e9bbc
+# %% ../nbs/00c_generator.ipynb #40c91a2d
 class GaussianFloor(Generator):
     "Per-class Gaussian mixture in PCA space. `std` scales the spread within a component."
     family, dials = 'synthlit.generator:GaussianFloor', dict(std=1.)
     def __init__(self, tensors: dict): self.t = tensors
-    def state(self): return self.t, {}
+    def state(self) -> tuple: return self.t, {}
     @classmethod
     def from_state(cls, tensors, meta, device='cpu'): return cls(tensors)
     def sample(self, labels, index, *, seed: int = 0, **dials):

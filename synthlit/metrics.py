@@ -68,7 +68,7 @@ def frechet_distance(
     cross = scipy.linalg.svdvals(cx @ cy.T).sum()
     return float(diff @ diff + (cx**2).sum() + (cy**2).sum() - 2*cross)
 
-# %% ../nbs/00b_metrics.ipynb #44e2abce
+# %% ../nbs/00b_metrics.ipynb #0e95cde1
 def blocks(n: int, size: int):
     "Slices that cut range(n) into blocks."
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
@@ -86,7 +86,7 @@ def prdc(
     "Precision and recall (1904.06991), density and coverage (2002.09797), in blocks, in float64."
     real, fake = [torch.from_numpy(as_features(z)) for z in (real, fake)]
     if min(len(real), len(fake)) <= k: raise ValueError(f'k = {k} neighbours need more than {k} samples on each side, got {len(real)} and {len(fake)}')
-    r_real, r_fake, in_real, covered, recalled = knn_radius(real, k, block), knn_radius(fake, k, block), [], [], []
+    r_real, r_fake, in_real = knn_radius(real, k, block), knn_radius(fake, k, block), []
     nearest = torch.full((len(real),), float('inf'), dtype=real.dtype)
     found = torch.zeros(len(real), dtype=torch.bool)
     for s in blocks(len(fake), block):

@@ -8,8 +8,8 @@ __all__ = ['SPLITS_PRESETS', 'TEN', 'FASHION', 'CIFAR10', 'SETS', 'SplitsConfig'
            'stand_in', 'stratified', 'Split', 'cut_data', 'fewshot_split', 'save_split', 'load_split', 'read_part',
            'ledger_path', 'openings', 'open_test', 'data_facts', 'work_splits', 'run_splits']
 
-# %% ../nbs/01_splits.ipynb #7c553fb2
-import gzip, json, os, struct, time
+# %% ../nbs/01_splits.ipynb #8f2a1628
+import gzip, json, os, struct, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -72,7 +72,7 @@ def search_path(name: str, root: str = '') -> list:
     tops = [Path(root).expanduser()] if root else [*([Path(os.environ['SYNTHLIT_DATA'])] if os.environ.get('SYNTHLIT_DATA') else []), Path('/usr/share/datasets'), cache]
     return [t/sub for t in tops for sub in (name, name.replace('_', '-'), '.')]
 
-# %% ../nbs/01_splits.ipynb #cca51b8f
+# %% ../nbs/01_splits.ipynb #7bd0b05e
 def fetch(name: str, files: list, root: str, download: bool) -> list:
     "Paths of a data set's files: found locally (also gzipped), else downloaded through torchvision, else a `DataError` that says what to do."
     places, urls = search_path(name, root), SETS[name].url
@@ -93,7 +93,7 @@ def read_idx(path: Path) -> np.ndarray:
         raw = (gzip.open if path.suffix == '.gz' else open)(path, 'rb').read()
         dims = struct.unpack(f'>{raw[3]}I', raw[4:4 + 4*raw[3]])
         return np.frombuffer(raw, np.uint8, offset=4 + 4*raw[3]).reshape(dims)
-    except (EOFError, ValueError, IndexError, struct.error, OSError, gzip.zlib.error) as e: raise DataError(f'{path} is damaged or truncated ({e}): delete it and load it again') from e
+    except (EOFError, ValueError, IndexError, struct.error, OSError, zlib.error) as e: raise DataError(f'{path} is damaged or truncated ({e}): delete it and load it again') from e
 
 # %% ../nbs/01_splits.ipynb #066d9fcb
 def load_idx_set(name: str, root: str, download: bool) -> dict:
