@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEWSHOT_PRESETS', 'MOVES', 'FewshotConfig', 'free', 'seat_novel', 'adapt', 'work_fewshot', 'run_fewshot']
 
-# %% ../nbs/04a_fewshot.ipynb #caa43b7c
+# %% ../nbs/04a_fewshot.ipynb #bc678d27
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from torch import nn
 from .core import SettingError, Stage, load_json, load_tensors, open_stage, preset_of, read_manifest, resolve, show_grid
 from .generator import load_generator
 from .splits import load_split
-from .gan.train import GanConfig, GanState, Packs, as_generator, finish_gan, keep_best, stage_splits, train_gan, watch
+from .gan.train import GanConfig, GanState, Packs, as_generator, finish_gan, keep_best, stage_splits, train_gan
 
 # %% ../nbs/04a_fewshot.ipynb #857736b8
 @dataclass
@@ -78,7 +78,7 @@ def adapt(
     if cfg.mode != 'all': s.G.eval(), s.D.eval()  # batch norms keep the base statistics
     return s
 
-# %% ../nbs/04a_fewshot.ipynb #0558fda6
+# %% ../nbs/04a_fewshot.ipynb #3141aecc
 def work_fewshot(cfg: FewshotConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     return dict(gan=cfg.steps*cfg.batch, sample=cfg.steps//cfg.eval_every*cfg.n_eval*3, disk=3e7)
@@ -93,7 +93,7 @@ def run_fewshot(stage: Stage) -> dict:
     s = adapt(source, cfg, train.images.shape[1:], len(train.classes), fs['novel'], stage.machine)
     if s.cfg.batch % s.cfg.pack: raise SettingError(f'fewshot.batch = {cfg.batch} must be a multiple of the GAN\'s pack = {s.cfg.pack}')
     every = sorted(trained + fs['novel'])
-    if not stage.history.rows: stage.history.log(0, **watch(as_generator(s, val, every), val, classifier, cfg.n_eval, fs['novel']))
+    if not stage.history.rows: keep_best(s, 0, stage, val, classifier, every, fs['novel'])  # before the first step: what fine-tuning must beat
     stage.tensorboard()
     train_gan(s, Packs(supports, fs['novel'], cfg.batch, s.cfg.pack, cfg.seed), cfg.steps, stage, lambda s, step: keep_best(s, step, stage, val, classifier, every, fs['novel']))
     return finish_gan(s, stage, supports, cfg.steps, every)
