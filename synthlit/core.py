@@ -537,7 +537,7 @@ def open_stage(
     enter_folder(folder, identity, cfg)
     return Stage(stage, run, folder, cfg, found, identity, lock, machine)
 
-# %% ../nbs/00a_core.ipynb #18a9f4c8
+# %% ../nbs/00a_core.ipynb #887458ae
 def small_stage(run: Path, stage: str, name: str = '', inputs=None, **settings):
     "Run one stage's tiny preset in a run folder, in this process."
     Config, presets, go = stage_parts(stage)
@@ -547,15 +547,15 @@ def small_stage(run: Path, stage: str, name: str = '', inputs=None, **settings):
     enter_folder(run/name, identity, cfg)
     go(Stage(stage, run, run/name, cfg, found, identity, None, machine))
 
-def small_inputs(run: Path, stage: str):
-    "Run the tiny presets of everything that `stage` reads (two generators where it joins variants), in a temporary run folder."
-    spec = STAGES[stage]
+def small_inputs(run: Path, stage: str, many: bool = False):
+    "Run the tiny presets of everything that `stage` reads (two generators where it, or what it feeds, joins variants), in a temporary run folder."
+    spec, many = STAGES[stage], many or STAGES[stage].joins
     for kind in spec.reads + (spec.may_read if spec.joins else ()):
         if any(STAGES[load_json(m)['stage']].makes == kind for m in run.glob('*/manifest.json')): continue
         up = next(s for s, other in STAGES.items() if other.makes == kind and s != stage)
-        small_inputs(run, up)
+        small_inputs(run, up, many)
         gens = sorted(m.parent.name for m in run.glob('gan*/manifest.json'))
-        if kind == 'generator' and spec.joins: [small_stage(run, up, f'{up}-seed{i}', seed=i) for i in range(2)]
+        if kind == 'generator' and many: [small_stage(run, up, f'{up}-seed{i}', seed=i) for i in range(2)]
         elif 'generator' in STAGES[up].reads and not STAGES[up].joins: [small_stage(run, up, f'{up}-{g}' if len(gens) > 1 else up, {'generator': g}) for g in gens]
         else: small_stage(run, up, **({'classes': 'base'} if stage == 'fewshot' and up == 'gan' else {}))
 
