@@ -17,11 +17,11 @@ from torch import nn
 from .core import (Checkpoints, SettingError, Stage, global_rng, load_tensors, open_stage, preset_of, resolve, restore_optimizer, rng, save_tensors, show_grid)
 from .splits import Split, load_split
 
-# %% ../nbs/02_classifier.ipynb #527706cd
+# %% ../nbs/02_classifier.ipynb #1ef69012
 @dataclass
 class ClassifierConfig:
     "The recipe: one for real and synthetic images alike."
-    width: Annotated[int, (1, None)] = 32  # channels of the first layer; later layers have twice as many
+    width: Annotated[int, (2, None)] = 16  # channels in the middle; half as many before, twice as many after
     epochs: Annotated[int, (1, None)] = 20  # passes over the real training images; other sources get the same number of steps
     steps: Annotated[int | None, (1, None)] = None  # steps instead of epochs
     batch: Annotated[int, (2, None)] = 128  # images per step
@@ -39,13 +39,13 @@ class ClassifierConfig:
 CLASSIFIER_PRESETS = dict(
     tiny=dict(epochs=8, batch=64),
     digits=dict(epochs=30, batch=64),
-    fashion_mnist=dict(epochs=5, batch=128, shift=2, flip=True),
+    fashion_mnist=dict(epochs=5, batch=128, shift=1, flip=True),
     mnist=dict(epochs=4, batch=128, shift=2),
-    cifar10=dict(width=128, epochs=30, batch=256, shift=4, flip=True, precision='bf16'),
-    smoke=dict(width=8, steps=2, batch=4),
+    cifar10=dict(width=64, epochs=30, batch=256, shift=4, flip=True, precision='bf16'),
+    smoke=dict(width=4, steps=2, batch=4),
 )
 
-# %% ../nbs/02_classifier.ipynb #0ae91aa0
+# %% ../nbs/02_classifier.ipynb #eee5081d
 def conv(i: int, o: int, stride: int = 1) -> nn.Sequential:
     "3×3 convolution, batch norm, ReLU."
     return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
@@ -57,9 +57,9 @@ class Residual(nn.Module):
 
 class SmallNet(nn.Module):
     "The classifier's network: N×C×H×W floats in [-1, 1] -> N×classes logits; `features` gives the 2·width numbers before the last layer."
-    def __init__(self, channels: int, classes: int, width: int = 32):
+    def __init__(self, channels: int, classes: int, width: int = 16):
         super().__init__()
-        self.body = nn.Sequential(conv(channels, width, 2), conv(width, 2*width), conv(2*width, 2*width, 2), Residual(2*width))
+        self.body = nn.Sequential(conv(channels, width//2), nn.MaxPool2d(2), conv(width//2, width), conv(width, 2*width, 2), Residual(2*width))
         self.head = nn.Linear(2*width, classes)
     def features(self, x): return self.body(x).mean((2, 3))
     def forward(self, x): return self.head(self.features(x))

@@ -496,7 +496,7 @@ def is_artefact(path: Path) -> bool:
     "Does this file of a stage folder count for its digest? Not the notebook, the checkpoints, progress, or anything that holds times."
     return path.name not in ('manifest.json', 'stage.json', 'progress.json', 'notebook.ipynb', 'report.html') and path.parts[0] not in ('checkpoints', 'tb') and not path.name.startswith('.')
 
-# %% ../nbs/00a_core.ipynb #b2be8e3e
+# %% ../nbs/00a_core.ipynb #55f8e721
 def run_machine(run: Path, device: str = 'auto', threads=None, channels_last=None) -> dict:
     "The run's machine choices: probed at the first call, read from `run.json` ever after."
     path = Path(run)/'run.json'
@@ -519,7 +519,7 @@ def enter_folder(folder: Path, identity: dict, cfg) -> None:
 def open_stage(
     stage: str,  # a key of `STAGES`
     cfg,  # its resolved settings
-    run_dir='',  # run folder; '' = a temporary one, with small inputs made on the spot
+    run_dir='',  # run folder; empty: a temporary one, with small inputs made on the spot
     name: str = '',  # folder in the run; '' = the stage's name
     inputs: dict | None = None,  # kind -> folder name(s), see `find_inputs`
     device: str = 'auto',  # used when the run folder is new
