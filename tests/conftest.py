@@ -1,0 +1,57 @@
+"""What all tests share: homes of their own, one thread, and one small finished run."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a minute, most of it kernels starting
+    "name": "tiny",
+    "preset": "tiny",
+    "machine": {"device": "cpu", "threads": 1, "channels_last": False},
+    "stages": {
+        "splits": {},
+        "classifier": {"epochs": 2},
+        "gan": {"seed": [0, 1], "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
+        "base_gan": {"stage": "gan", "classes": "base", "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
+        "fewshot": {"mode": "linear", "steps": 10, "eval_every": 10, "n_eval": 10},
+        "generate": {"uses": "gan", "per_class": 20, "folder": 2},
+        "filter": {"uses": "gan", "per_class": 20, "draws": 2},
+        "multigen": {"per_class": 20},
+        "evaluate": {"seeds": [0], "n_measure": 100},
+        "report": {},
+    },
+}
+
+
+def isolate(patch, home):
+    """Send all that synthlit keeps outside a run folder (openings of test, downloads) to `home`, and be quiet."""
+    patch.setenv("SYNTHLIT_HOME", str(home / "synthlit"))
+    patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    patch.setenv("SYNTHLIT_QUIET", "1")
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.delenv("IN_TEST", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """The session's own home, for this process and all it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        isolate(patch, folder)
+        torch.set_num_threads(1)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(home, tmp_path_factory):
+    """A finished run of TINY_CHAIN: `.run` (its folder), `.params`, `.seconds`. Read it; work in a copy (`copy_of`)."""
+    from synthlit.pipeline import read_params, run_chain
+
+    start = time.time()
+    params = read_params(TINY_CHAIN)
+    run = run_chain(params, tmp_path_factory.mktemp("runs") / "tiny")
+    assert (run / "report" / "report.html").exists()
+    return SimpleNamespace(run=run, params=params, seconds=time.time() - start, pid=os.getpid())

@@ -1,0 +1,1 @@
+def test_a(tiny_run): print(tiny_run)
