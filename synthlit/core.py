@@ -9,8 +9,8 @@ __all__ = ['STAGES', 'PACKAGE', 'rng', 'randn', 'global_rng', 'SettingError', 'n
            'restore_optimizer', 'Checkpoints', 'pick_device', 'time_step', 'probe', 'use_machine', 'History',
            'TensorBoard', 'StageSpec', 'stage_parts', 'notebooks_dir', 'bare_tree', 'module_files', 'run_cells',
            'code_digest', 'InUse', 'take_lock', 'move_aside', 'changes', 'read_manifest', 'stage_identity', 'continues',
-           'find_inputs', 'check_same_splits', 'Stage', 'is_artefact', 'run_machine', 'enter_folder', 'open_stage',
-           'small_stage', 'small_inputs', 'show_grid']
+           'find_inputs', 'check_same_splits', 'Stage', 'is_artefact', 'run_machine', 'enter_folder', 'temporary_run',
+           'open_stage', 'small_stage', 'small_inputs', 'show_grid']
 
 # %% ../nbs/00a_core.ipynb #9a52db46
 import ast, atexit, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, inspect, json, os, platform, random, re, shutil, sys, tempfile
@@ -239,7 +239,7 @@ class Checkpoints:
             except DamagedFile as e: print(f'{e}; going back to the checkpoint before it', file=sys.stderr)
         return 0, None
 
-# %% ../nbs/00a_core.ipynb #f264e778
+# %% ../nbs/00a_core.ipynb #de76028e
 def pick_device(
     name: str = 'auto',  # auto, cpu, cuda, cuda:1, mps
 ) -> str:  # a device that is there
@@ -250,29 +250,29 @@ def pick_device(
     if name not in have: raise SettingError(f'device {name!r} is not there; this machine has: {", ".join(have)}')
     return name
 
-def time_step(threads: int, channels_last: bool, reps: int = 3) -> float:
-    "Seconds of the fastest of a few small convolution training steps with these choices (the number of threads stays set)."
+def time_step(threads: int, channels_last: bool, reps: int = 7) -> float:
+    "Seconds of a small convolution training step with these choices, the median of a few (the number of threads stays set)."
     torch.set_num_threads(threads)
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     net = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)).to(memory_format=fmt)
-    x, best = torch.zeros(64, 16, 16, 16).to(memory_format=fmt), float('inf')
+    x, times = torch.zeros(64, 16, 16, 16).to(memory_format=fmt), []
     for _ in range(reps + 1):
-        t = time.perf_counter(); net(x).square().mean().backward(); best = min(best, time.perf_counter() - t)
-    return best
+        t = time.perf_counter(); net(x).square().mean().backward(); times.append(time.perf_counter() - t)
+    return float(np.median(times[1:]))
 
-# %% ../nbs/00a_core.ipynb #b069f404
+# %% ../nbs/00a_core.ipynb #3f8b0648
 def probe(
     device: str = 'auto',  # see `pick_device`
-    threads: int | None = None,  # None = measured
+    threads: int | None = None,  # None = $OMP_NUM_THREADS where it is set, else measured
     channels_last: bool | None = None,  # None = measured on a CPU, yes on a GPU
 ) -> dict:  # device, threads, channels_last: what a run remembers
-    "Decide device, thread count and memory layout by measurement (under a second on a CPU)."
-    device = pick_device(device)
+    "Decide device, thread count and memory layout by measurement (about a second on a CPU). More threads must win clearly: a box that gets busy later punishes them."
+    device, threads = pick_device(device), threads or int(os.environ.get('OMP_NUM_THREADS', 0)) or None
     if device != 'cpu': return dict(device=device, threads=threads or torch.get_num_threads(), channels_last=channels_last is not False)
     ts = [threads] if threads else sorted({1, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()})
     cs = [channels_last] if channels_last is not None else [False, True]
     with torch.random.fork_rng(devices=[]): times = {(t, c): time_step(t, c) for t in ts for c in cs}
-    t, c = min(times, key=times.get)
+    t, c = min(times, key=lambda tc: times[tc]*(1 if tc[0] == 1 else 1.15))
     return dict(device=device, threads=t, channels_last=c)
 
 def use_machine(machine: dict):
@@ -496,7 +496,7 @@ def is_artefact(path: Path) -> bool:
     "Does this file of a stage folder count for its digest? Not the notebook, the checkpoints, progress, or anything that holds times."
     return path.name not in ('manifest.json', 'stage.json', 'progress.json', 'notebook.ipynb', 'report.html') and path.parts[0] not in ('checkpoints', 'tb') and not path.name.startswith('.')
 
-# %% ../nbs/00a_core.ipynb #55f8e721
+# %% ../nbs/00a_core.ipynb #459c3818
 def run_machine(run: Path, device: str = 'auto', threads=None, channels_last=None) -> dict:
     "The run's machine choices: probed at the first call, read from `run.json` ever after."
     path = Path(run)/'run.json'
@@ -516,6 +516,13 @@ def enter_folder(folder: Path, identity: dict, cfg) -> None:
     for p in folder.rglob('.tmp-*'): shutil.rmtree(p) if p.is_dir() else p.unlink()
     if not old.exists() or load_json(old) != identity: save_json(old, identity)
 
+def temporary_run() -> Path:
+    "A run folder that goes when the process ends; its looks at test are no looks of yours, so its ledger is its own."
+    run = Path(tempfile.mkdtemp(prefix='synthlit-alone-'))
+    atexit.register(shutil.rmtree, run, True)
+    if 'synthlit-alone-' in os.environ.setdefault('SYNTHLIT_HOME', str(run/'home')): os.environ['SYNTHLIT_HOME'] = str(run/'home')
+    return run
+
 def open_stage(
     stage: str,  # a key of `STAGES`
     cfg,  # its resolved settings
@@ -525,8 +532,9 @@ def open_stage(
     device: str = 'auto',  # used when the run folder is new
 ) -> Stage:
     "Open a stage's folder for writing: inputs found, lock held, earlier work of the same key kept."
-    if not (alone := not run_dir): run = Path(run_dir).expanduser().resolve()
-    else: run = Path(tempfile.mkdtemp(prefix='synthlit-alone-')); atexit.register(shutil.rmtree, run, True)
+    if alone := not run_dir: run = temporary_run()
+    else: run = Path(run_dir).expanduser().resolve()
+    if not alone and 'synthlit-alone-' in os.environ.get('SYNTHLIT_HOME', ''): del os.environ['SYNTHLIT_HOME']
     machine = run_machine(run, device)
     if alone: small_inputs(run, stage)
     found = find_inputs(run, stage, inputs or {}, name or stage)

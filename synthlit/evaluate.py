@@ -74,14 +74,14 @@ def accepted_set(folder, device) -> tuple:
     g, rows, r = load_accepted(folder, device)
     return images_at(g, rows, r['seed'], r['dials'])
 
-# %% ../nbs/08a_evaluate.ipynb #985919d5
-def trained_row(stage: Stage, row: str, seed: int, make, classifier, steps: int, val: Split):
+# %% ../nbs/08a_evaluate.ipynb #07a77a84
+def trained_row(stage: Stage, row: str, seed: int, data: tuple, classifier, steps: int, val: Split):
     "The recipe trained on one source with one seed: from the stage's folder when it is there already."
     stem = f'{row.replace(" ", "-").replace("(", "").replace(")", "")}-seed{seed}'
     path = stage.dir/'classifiers'/f'{stem}.safetensors'
     if not path.exists():
         if row == 'real' and seed == classifier.recipe.seed: c = classifier  # the same bits: trained once
-        else: c = train_classifier(Fixed(*make()), replace(classifier.recipe, seed=seed), val.classes, steps, machine=stage.machine,
+        else: c = train_classifier(Fixed(*data), replace(classifier.recipe, seed=seed), val.classes, steps, machine=stage.machine,
                                    checkpoints=Checkpoints(stage.dir/'checkpoints'/stem), track=lambda it, total, start, desc: stage.track(it, total, start, stem))
         c.save(path)
     return load_classifier(path, stage.machine)
@@ -94,12 +94,12 @@ def measures(images: torch.Tensor, labels: torch.Tensor, val: Split, classifier,
     out = dict(frechet=frechet_distance(f_real, f_some), **prdc(f_real, f_some, min(cfg.k, len(some) - 1, len(real) - 1)), n_measure=len(some))
     return out | (dict(fid=fid(real, some, cfg.inception, classifier.machine['device'])) if cfg.inception else {})
 
-# %% ../nbs/08a_evaluate.ipynb #deb9757f
+# %% ../nbs/08a_evaluate.ipynb #02ef25fd
 def optimism(folder, test: Split, machine: dict) -> dict:
     "For the trials of a filter or multigen folder: test accuracy of the trial chosen by val, of the best by test, and the difference."
     rows = load_table(Path(folder)/'ledger.parquet').to_pylist()
     accs = {r['trial']: load_classifier(Path(folder)/'trials'/f'{r["trial"]}.safetensors', machine).accuracy(test) for r in rows}
-    honest = accs[max(rows, key=lambda r: r['val_accuracy'])['trial']]
+    honest = accs[load_json(Path(folder)/'result.json')['chosen']]
     return dict(stage=Path(folder).name, trials=len(rows), honest=honest, published=max(accs.values()), optimism=max(accs.values()) - honest)
 
 def refuse_contamination(stage: Stage, sealed: dict):
@@ -108,7 +108,7 @@ def refuse_contamination(stage: Stage, sealed: dict):
         for part, d in sealed.items():
             if d in read_manifest(f)['saw']: raise SettingError(f'{f.name} was trained on the {part} images of this split: its score on them would mean nothing')
 
-# %% ../nbs/08a_evaluate.ipynb #3e96daea
+# %% ../nbs/08a_evaluate.ipynb #c78991c1
 def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     runs = 3*len(cfg.seeds) - 1 + 2*facts['generators']*min(cfg.row_seeds, len(cfg.seeds))
@@ -126,7 +126,7 @@ def run_evaluate(stage: Stage) -> dict:
         seeds = cfg.seeds if kind in ('real', 'floor', 'mixture') else cfg.seeds[:cfg.row_seeds]
         measured = measures(images, labels, val, classifier, cfg)
         for s in seeds:
-            c = trained_row(stage, row, s, lambda: (images, labels), classifier, steps, val)
+            c = trained_row(stage, row, s, (images, labels), classifier, steps, val)
             rows.append(dict(row=row, kind=kind, seed=s, n=len(labels), val=c.accuracy(val), **measured, model=c))
     test = open_test(stage.input('splits'), f'{stage.run.name}/{stage.dir.name}', f'CAS of {len(rows)} classifiers', digest(stage.identity))
     for r in rows: r['test'] = r.pop('model').accuracy(test)

@@ -116,7 +116,7 @@ def proxy_steps(share: float, classifier, train) -> int:
     "Steps of a trial's classifier."
     return round(share*planned_steps(classifier.recipe, len(train)))
 
-# %% ../nbs/06_filter.ipynb #d2688155
+# %% ../nbs/06_filter.ipynb #6438d96a
 def work_filter(cfg: FilterConfig, facts: dict) -> dict:
     "Rough work of the stage: images sampled, scored and trained on."
     n = (cfg.per_class or facts['n_train']//facts['classes'])*facts['classes']
@@ -134,7 +134,7 @@ def run_filter(stage: Stage) -> dict:
     rows, stats = sets[trials.best['trial']]
     save_table(stage.dir/'accepted.parquet', rows)
     save_rejected(stage, pool, trials.best['tau'])
-    result = dict(tau=trials.best['tau'], val_accuracy=trials.best['val_accuracy'], acceptance=trials.best['acceptance'], per_class=n, stats=stats, seed=cfg.seed, dials=dials,
+    result = dict(chosen=trials.best['trial'], tau=trials.best['tau'], val_accuracy=trials.best['val_accuracy'], acceptance=trials.best['acceptance'], per_class=n, stats=stats, seed=cfg.seed, dials=dials,
                   generator=stage.input('generator').name, digest=g.digest, trained=g.trained, collapsed=[g.classes[s['label']] for s in stats if s['acceptance'] < .05])
     stage.finish(result)
     return result

@@ -19,7 +19,7 @@ import yaml
 from .core import (PACKAGE, STAGES, DamagedFile, InUse, SettingError, continues, field_help, load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest,
                            resolve, run_machine, save_json, stage_identity, stage_parts, take_lock, use_machine)
 
-# %% ../nbs/09_pipeline.ipynb #c450f9ca
+# %% ../nbs/09_pipeline.ipynb #2e14c2d9
 class Loader(yaml.SafeLoader):
     "Safe YAML in which 1e-4 is a number and a key said twice is refused."
     def construct_mapping(self, node, deep=False):
@@ -41,7 +41,7 @@ def expand(value, path: str = ''):
 
 def read_yaml(text: str, source: str = 'the parameters'):
     "Parsed and expanded YAML; errors name the source and line."
-    try: return expand(yaml.load(text, Loader))
+    try: return expand(Loader(text).get_single_data())
     except yaml.YAMLError as e: raise SettingError(f'{source} is not valid YAML: {e}') from e
 
 # %% ../nbs/09_pipeline.ipynb #a70149eb
@@ -203,7 +203,7 @@ def estimate(node: Node, nodes: list, costs: dict) -> tuple:
     work = getattr(m, f'work_{node.stage}')(node.cfg, facts_of(node, nodes))
     return KERNEL_SECONDS + sum(costs[k]*work.get(k, 0) for k in costs), work.get('disk', 0)
 
-# %% ../nbs/09_pipeline.ipynb #6ecaa18d
+# %% ../nbs/09_pipeline.ipynb #0bff3a89
 def only_imports(source: str) -> bool:
     "Is this cell nothing but imports?"
     try: body = ast.parse(source).body
@@ -219,10 +219,10 @@ def derive(stage: str, parameters: dict | None = None):
     start = next(i for i, c in enumerate(nb.cells) if c.source.startswith('## Run the stage'))
     tagged = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
     if len(tagged) != 1: raise SettingError(f'{spec.notebook}.ipynb has {len(tagged)} cells tagged `parameters`; it must have one, or papermill would silently keep the defaults')
-    params = tagged[0] if parameters is None else new_code_cell('\n'.join(f'{k} = {v!r}' for k, v in parameters.items()))
+    params = tagged if parameters is None else [*tagged, new_code_cell('\n'.join(f'{k} = {v!r}' for k, v in parameters.items()))]
     kernel = new_code_cell(f'import sys\nassert sys.executable == {sys.executable!r}, f"this kernel is {{sys.executable}}, the runner is {sys.executable}: install ipykernel in the runner\'s environment"')
     imports = [c for c in nb.cells[:start] if c.cell_type == 'code' and only_imports(c.source)]
-    nb.cells = [*[c for c in nb.cells[:2] if c.cell_type == 'markdown'], kernel, *imports, new_code_cell(f'from synthlit.{spec.module} import *'), params, *nb.cells[start:]]
+    nb.cells = [*[c for c in nb.cells[:2] if c.cell_type == 'markdown'], kernel, *imports, new_code_cell(f'from synthlit.{spec.module} import *'), *params, *nb.cells[start:]]
     for c in nb.cells:
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     return nb
@@ -409,7 +409,7 @@ def headline(folder: Path) -> str:
         if k in r: return f': {text.format(r[k])}'
     return ''
 
-# %% ../nbs/09_pipeline.ipynb #58ada54e
+# %% ../nbs/09_pipeline.ipynb #87893c5a
 def shrink(nodes: list):
     "Every node's settings made tiny by its stage's smoke preset."
     for n in nodes:
@@ -424,10 +424,8 @@ def smoke(params: dict, out=None) -> Path:
     run_machine(run, 'cpu', 1, False)
     for s in {n.stage for n in nodes}: refuse_stale(s)
     books = [derive(n.stage, parameters_of(n, run, 'tiny') | dict(device='cpu')) for n in nodes]
-    shortcuts = 'dataset = seed = seeds = epochs = steps = mode = per_class = None'
     whole = books[0]
-    import nbformat
-    whole.cells = [nbformat.v4.new_code_cell(shortcuts), *[c for b in books for c in b.cells if c.cell_type == 'code']]
+    whole.cells = [c for b in books for c in b.cells if c.cell_type == 'code']
     for i, c in enumerate(whole.cells): c.id = f'cell{i}'
     os.environ.update(SYNTHLIT_QUIET='1', SYNTHLIT_HOME=str(run/'home'))
     execute(whole, run/'smoke.ipynb', {}, f'smoke of {params.get("name")}')

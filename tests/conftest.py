@@ -1,6 +1,6 @@
 """What all tests share: homes of their own, one thread, and one small finished run."""
 
-import os
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
         "gan": {"seed": [0, 1], "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
         "base_gan": {"stage": "gan", "classes": "base", "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
         "fewshot": {"mode": "linear", "steps": 10, "eval_every": 10, "n_eval": 10},
-        "generate": {"uses": "gan", "per_class": 20, "folder": 2},
+        "generate": {"uses": "gan-seed0", "per_class": 20, "folder": 2},
         "filter": {"uses": "gan", "per_class": 20, "draws": 2},
         "multigen": {"per_class": 20},
         "evaluate": {"seeds": [0], "n_measure": 100},
@@ -47,11 +47,17 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(home, tmp_path_factory):
-    """A finished run of TINY_CHAIN: `.run` (its folder), `.params`, `.seconds`. Read it; work in a copy (`copy_of`)."""
+    """A finished run of TINY_CHAIN: `.run` (its folder), `.params`, `.seconds`. Read only: `tiny_copy` is there to be changed."""
     from synthlit.pipeline import read_params, run_chain
 
     start = time.time()
     params = read_params(TINY_CHAIN)
     run = run_chain(params, tmp_path_factory.mktemp("runs") / "tiny")
     assert (run / "report" / "report.html").exists()
-    return SimpleNamespace(run=run, params=params, seconds=time.time() - start, pid=os.getpid())
+    return SimpleNamespace(run=run, params=params, seconds=time.time() - start)
+
+
+@pytest.fixture
+def tiny_copy(tiny_run, tmp_path):
+    """The finished run in a folder of the test's own: a run folder may be moved."""
+    return shutil.copytree(tiny_run.run, tmp_path / "tiny")

@@ -1,0 +1,328 @@
+"""The whole chain as a person uses it: commands in processes of their own, run folders that are finished, changed, continued or damaged."""
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from synthlit.core import SettingError, digest, load_json, load_tensors, notebooks_dir, read_manifest, small_stage
+from synthlit.generator import load_generator
+from synthlit.pipeline import main, plan, read_params
+from synthlit.splits import load_split, open_test, openings
+
+PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
+
+
+def command(*args, cwd=None, code: int = 0) -> str:
+    """Output of a command from the environment's bin, in a process of its own; fails unless it ends with `code`."""
+    args = [str(Path(sys.executable).parent / args[0]), *map(str, args[1:])]
+    p = subprocess.run(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert p.returncode == code, f"{args} ended with {p.returncode}:\n{p.stdout}"
+    return p.stdout
+
+
+def write_params(path: Path, params: dict) -> Path:
+    """A parameter file."""
+    path.write_text(yaml.safe_dump(params))
+    return path
+
+
+def digests(run: Path) -> dict:
+    """Stage folder -> digest of its artefacts, of all finished stages."""
+    return {p.parent.name: read_manifest(p.parent)["digest"] for p in run.glob("*/manifest.json") if ".old-" not in p.parent.name}
+
+
+def chain(run, *stages) -> dict:
+    """The tiny chain's parameters, of some entries only."""
+    return {**run.params, "name": "part", "stages": {k: v for k, v in run.params["stages"].items() if k in stages}}
+
+
+# a finished chain
+
+
+def test_second_run_does_nothing(tiny_run, tiny_copy, tmp_path):
+    """No kernel, no new file, and quick."""
+    before = {p: p.stat().st_mtime_ns for p in tiny_copy.rglob("*") if p.is_file() and p.parent.name != "locks"}
+    start = time.time()
+    out = command("synthlit", "run", write_params(tmp_path / "tiny.yaml", tiny_run.params), "--out", tiny_copy)
+    print(f"the second run of a finished chain took {time.time() - start:.1f} s, imports included")
+    assert "nothing to do: all 13 stages are done" in out and str(tiny_copy / "report" / "report.html") in out
+    after = {p: p.stat().st_mtime_ns for p in tiny_copy.rglob("*") if p.is_file() and p.parent.name != "locks"}
+    assert {p.name for p in after if before.get(p) != after[p]} <= {"params.yaml"}
+
+
+def test_params_yaml_repeats_the_run(tiny_run, tmp_path):
+    """The resolved parameter file, in a new folder, stage by stage: the same digests; then everything wanted is done."""
+    new = tmp_path / "again"
+    for only in ("splits", "classifier", "gan-seed1", "generate-gan-seed1"):
+        assert main(["run", str(tiny_run.run / "params.yaml"), "--out", str(new), "--only", only]) == 0
+    mine, good = digests(new), digests(tiny_run.run)
+    assert mine == {k: good[k] for k in ("splits", "classifier", "gan-seed1", "generate-gan-seed1")}
+    assert yaml.safe_load((new / "params.yaml").read_text()) == yaml.safe_load((tiny_run.run / "params.yaml").read_text())
+
+
+def test_a_changed_setting_reruns_what_depends_on_it(tiny_run, tiny_copy, tmp_path, capsys):
+    """Other settings for `evaluate`: it and the report run anew, nothing else; the old folder stays beside the new one."""
+    before, params = digests(tiny_copy), write_params(tmp_path / "tiny.yaml", tiny_run.params)
+    assert main(["run", str(params), "--out", str(tiny_copy), "-p", "evaluate.n_measure=120"]) == 0
+    out, after = capsys.readouterr().out, digests(tiny_copy)
+    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 13 stages run" in out
+    assert {k for k in after if after[k] != before[k]} <= {"evaluate", "report"} and after["evaluate"] != before["evaluate"]
+    assert {p.name for p in tiny_copy.glob("*.old-*")} == {"evaluate.old-1", "report.old-1"}
+    assert read_manifest(tiny_copy / "evaluate.old-1")["digest"] == before["evaluate"]
+    notebook = nbformat.read(tiny_copy / "notebooks" / "evaluate.ipynb", 4)
+    assert "evaluate changed (settings.n_measure: 100 -> 120)" in str(notebook.cells)
+
+
+def test_dry_run_sees_what_a_change_entails(tiny_run, tiny_copy, tmp_path, capsys):
+    """A change at the top of the chain: all below will run anew, and the plan says so and counts their time."""
+    params, before = write_params(tmp_path / "tiny.yaml", tiny_run.params), sorted(tiny_copy.rglob("*"))
+    assert main(["run", str(params), "--out", str(tiny_copy), "-p", "classifier.epochs=3", "--dry-run"]) == 0
+    rows = dict(re.findall(r"^(\S+) +(done|changed|begun|to do|waiting) ", capsys.readouterr().out, re.M))
+    assert len(rows) == 13 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
+    assert "done" not in rows.values(), rows
+    assert sorted(tiny_copy.rglob("*")) == before
+
+
+# continuing
+
+
+GAN = dict(width_g=8, width_d=8, n_eval=10, eval_every=20, decay=False)
+
+
+def test_more_steps_continue_from_the_checkpoint(tiny_copy, capsys):
+    """40 steps, then 80: the same bits as 80 at once, and only 40 more are made."""
+    small_stage(tiny_copy, "gan", "long", steps=40, **GAN)
+    short = read_manifest(tiny_copy / "long")
+    small_stage(tiny_copy, "gan", "long", steps=80, **GAN)
+    small_stage(tiny_copy, "gan", "straight", steps=80, **GAN)
+    assert not list(tiny_copy.glob("long.old-*")) and short["settings"]["steps"] == 40
+    for file in ("generator", "last/generator", "last/discriminator", "checkpoints/step-000000080"):
+        a, b = [load_tensors(tiny_copy / stage / f"{file}.safetensors")[0] for stage in ("long", "straight")]
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
+    assert read_manifest(tiny_copy / "long")["artefacts"] == read_manifest(tiny_copy / "straight")["artefacts"]
+
+
+def test_falling_rates_begin_anew(tiny_copy):
+    """With decay the rate of step 30 depends on the total: 80 steps after 40 are another training."""
+    for steps in (40, 60):
+        small_stage(tiny_copy, "gan", "long", steps=steps, **{**GAN, "decay": True})
+    assert (tiny_copy / "long.old-1" / "manifest.json").exists()
+
+
+# notebooks and parameter files
+
+
+def test_papermill_on_its_own(tmp_path):
+    """The README's lines: source notebooks, one after the other, in one run folder."""
+    run = tmp_path / "run"
+    for notebook, *more in (("01_splits",), ("02_classifier", "-p", "epochs", "2")):
+        start = time.time()
+        command("papermill", notebooks_dir() / f"{notebook}.ipynb", tmp_path / "out.ipynb", "-p", "run_dir", run, *more, cwd=tmp_path)
+        print(f"papermill {notebook}: {time.time() - start:.1f} s")
+    assert read_manifest(run / "splits")["stage"] == "splits"
+    assert read_manifest(run / "classifier")["settings"]["epochs"] == 2
+
+
+@pytest.mark.parametrize("file", PARAMS, ids=lambda p: p.stem)
+def test_parameter_files_are_wired_right(file, tmp_path):
+    """Every file that comes with synthlit: smoke, all stages; at most 45 s on an idle machine."""
+    start = time.time()
+    out = command("synthlit", "run", file, "--smoke", "--out", tmp_path / "smoke", cwd=tmp_path)
+    print(f"{file.stem} --smoke: {time.time() - start:.1f} s")
+    assert re.search(rf"^{file.stem}: \d+ stages are wired right", out, re.M)
+    assert len(digests(tmp_path / "smoke")) == len(plan(read_params(file)))
+
+
+@pytest.mark.parametrize("file", [p for p in PARAMS if "gpu" not in p.stem], ids=lambda p: p.stem)
+def test_dry_run_prints_a_plan_and_makes_nothing(file, tmp_path, monkeypatch, capsys):
+    """Stages, time and disk; no run folder."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(file), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r" to do +\d+:\d\d", out)) == len(plan(read_params(file))) and "together, about" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+# the commands
+
+
+def test_show(tiny_run, capsys):
+    """A line for every stage, with its state; an unfinished stage is not done."""
+    assert main(["show", str(tiny_run.run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 14 and all(" done " in line for line in lines[1:])
+
+
+def test_log(tiny_run, tmp_path, capsys):
+    """All histories, on the terminal and as CSV."""
+    assert main(["log", str(tiny_run.run)]) == 0
+    assert re.search(r"^gan-seed0 +step 20 .*frechet", capsys.readouterr().out, re.M)
+    assert main(["log", str(tiny_run.run), "--csv", str(tmp_path / "log.csv")]) == 0
+    with open(tmp_path / "log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {r["stage"] for r in rows} == {"classifier", "gan-seed0", "gan-seed1", "base_gan", "fewshot"}
+    assert all(0 <= float(r["val_accuracy"]) <= 1 for r in rows if r["stage"] == "classifier")
+
+
+def test_params_template_is_a_parameter_file(tmp_path, capsys):
+    """`synthlit params --yaml` parses, and what it says is the default of every setting."""
+    assert main(["params"]) == 0
+    assert "classifier  (02_classifier.ipynb;" in capsys.readouterr().out
+    assert main(["params", "--yaml"]) == 0
+    text = capsys.readouterr().out
+    said = yaml.safe_load(text)["stages"]
+    (tmp_path / "all.yaml").write_text(text.replace("at_least: 2", "at_least: 1").replace("classes: all", "classes: base"))
+    nodes = plan(read_params(tmp_path / "all.yaml"))
+    assert [n.stage for n in nodes] == list(said)
+    for n in nodes:
+        assert {k: v for k, v in n.cfg.__dict__.items() if k not in ("at_least", "classes")}.items() <= vars(type(n.cfg)()).items(), n.stage
+    for stage in said:
+        assert main(["params", stage, "--yaml"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["stages"][stage] == said[stage]
+
+
+def test_report_again(tiny_copy, capsys):
+    """Written again from what is there, finished or not."""
+    shutil.rmtree(tiny_copy / "evaluate")
+    assert main(["report", str(tiny_copy)]) == 0
+    assert len((tiny_copy / "report.html").read_text()) > 10_000 and "report.html" in capsys.readouterr().out
+
+
+def test_report_needs_no_network(tiny_run):
+    """Nothing that a browser would fetch when it opens the page."""
+    html = (tiny_run.run / "report" / "report.html").read_text()
+    assert not re.findall(r"""(?:src|srcset|href|action|data)\s*=\s*["']?\s*(?:https?:)?//[^\s"'>]*""", html, re.I)
+    assert not re.findall(r"url\(\s*[\"']?(?!data:|#)[^)]*", html, re.I) and "@import" not in html
+    assert not re.findall(r"<(?:script|link|iframe)[^>]*\b(?:src|href)\b", html, re.I)
+    assert html.count("data:image/png;base64,") >= 3
+
+
+def test_sample(tiny_run, tmp_path, capsys):
+    """A picture for every generator of a run, or for one folder."""
+    assert main(["sample", str(tiny_run.run), "--out", str(tmp_path), "-n", "2"]) == 0
+    names = {"gan-seed0-samples.png", "gan-seed1-samples.png", "base_gan-samples.png", "fewshot-samples.png"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    assert main(["sample", str(tiny_run.run / "gan-seed0"), "--out", str(tmp_path / "one"), "-n", "2"]) == 0
+    assert Image.open(tmp_path / "one" / "gan-seed0-samples.png").size[0] > 100
+
+
+def test_export_then_predict(tiny_run, tmp_path, capsys):
+    """train as Parquet and PNG files; the real classifier recognises most of them; the run's product answers for each."""
+    run = str(tiny_run.run)
+    assert main(["export", run, "--to", str(tmp_path)]) == 0
+    assert (tmp_path / "train.parquet").exists()
+    images = [str(p) for c in range(10) for p in sorted((tmp_path / "train" / str(c)).glob("*.png"))[:4]]
+    assert len(images) == 40
+    capsys.readouterr()
+    assert main(["predict", str(tiny_run.run / "classifier" / "classifier.safetensors"), *images]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [r[0] for r in rows] == images and sum(Path(r[0]).parent.name == r[1] for r in rows) > 24
+    assert main(["predict", run, *images[:2]]) == 0
+    out = capsys.readouterr()
+    assert len(out.out.splitlines()) == 2 and "mixture" in out.err
+    with pytest.raises(SystemExit):
+        main(["export", run, "--to", str(tmp_path), "--part", "test"])
+
+
+def test_clean(tiny_run, tiny_copy, tmp_path, capsys):
+    """Checkpoints and working notebooks go; the chain is still done."""
+    assert list(tiny_copy.glob("*/checkpoints"))
+    assert main(["clean", str(tiny_copy), "--yes"]) == 0
+    assert not list(tiny_copy.glob("*/checkpoints")) and not (tiny_copy / "notebooks").exists()
+    assert digests(tiny_copy) == digests(tiny_run.run)
+    capsys.readouterr()
+    assert main(["run", str(write_params(tmp_path / "tiny.yaml", tiny_run.params)), "--out", str(tiny_copy)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_failed_notebook_is_kept(tiny_run, tmp_path, capsys):
+    """A truncated input: exit code 1; stage, cell and error on the terminal; the notebook with its red cell is there; mended, the run goes on."""
+    run, params = tmp_path / "run", write_params(tmp_path / "part.yaml", chain(tiny_run, "splits", "classifier"))
+    shutil.copytree(tiny_run.run / "splits", run / "splits")
+    shutil.copy(tiny_run.run / "run.json", run)
+    whole = (run / "splits" / "train.safetensors").read_bytes()
+    (run / "splits" / "train.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert main(["run", str(params), "--out", str(run)]) == 1
+    err = capsys.readouterr().err
+    assert re.search(r"synthlit: classifier, cell \d+: DamagedFile: \S+train.safetensors ", err), err
+    kept = run / "notebooks" / "classifier.ipynb"
+    assert str(kept) in err and "classifier, cell" in (run / "run.log").read_text()
+    errors = [o for c in nbformat.read(kept, 4).cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    assert errors and errors[0].ename == "DamagedFile"
+    assert not (run / "classifier" / "manifest.json").exists()
+    (run / "splits" / "train.safetensors").write_bytes(whole)
+    assert main(["run", str(params), "--out", str(run)]) == 0
+    assert digests(run)["classifier"] == digests(tiny_run.run)["classifier"]
+
+
+# what a stage promises to the next
+
+
+def test_the_test_split_is_sealed(tiny_run, tmp_path, monkeypatch):
+    """The library does not hand it out; every opening by other work is counted, the same work is counted once."""
+    folder = tiny_run.run / "splits"
+    with pytest.raises(SettingError, match="sealed"):
+        load_split(folder, "test")
+    cut = load_json(folder / "result.json")["cut"]
+    key = digest(load_json(tiny_run.run / "evaluate" / "stage.json"))
+    mine = [o for o in openings(cut) if o["key"] == key]
+    assert len(mine) == 1 and mine[0]["who"] == f"{tiny_run.run.name}/evaluate"
+    monkeypatch.setenv("SYNTHLIT_HOME", str(tmp_path))
+    for key in ("a", "a", "b"):
+        assert open_test(folder, "tests", "count", key).name == "digits/test"
+    assert [o["key"] for o in openings(cut)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["gan-seed0", "fewshot"])
+def test_an_image_is_its_address(tiny_run, name):
+    """A candidate's image depends on neither order nor company, nor on whether the generator was saved and loaded."""
+    g = load_generator(tiny_run.run / name)
+    y = torch.tensor(g.trained).repeat(20)
+    i = torch.arange(20).repeat_interleave(len(g.trained))
+    whole, mixed = g.sample(y, i, seed=5), torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    assert whole.dtype == torch.uint8 and tuple(whole.shape[1:]) == g.shape
+    assert torch.equal(g.sample(y[mixed], i[mixed], seed=5), whole[mixed])
+    assert all(torch.equal(g.sample(y[k : k + 1], i[k : k + 1], seed=5)[0], whole[k]) for k in range(0, len(y), 17))
+    assert not torch.equal(g.sample(y, i, seed=6), whole)
+    again = load_generator(tiny_run.run / name)
+    assert again.digest == g.digest == load_json(tiny_run.run / name / "result.json")["digest"]
+    assert torch.equal(again.sample(y[mixed[:9]], i[mixed[:9]], seed=5), whole[mixed[:9]])
+
+
+def test_a_filtered_set_is_a_list_of_addresses(tiny_run):
+    """What `generate` wrote is what the addresses give."""
+    from synthlit.core import load_table
+    from synthlit.generate import load_set
+
+    images, labels, _ = load_set(tiny_run.run / "generate-gan-seed0")
+    t = load_table(next((tiny_run.run / "generate-gan-seed0").glob("*.parquet")))
+    g = load_generator(tiny_run.run / "gan-seed0")
+    n = t.num_rows
+    assert set(t["generator"].to_pylist()) == {g.digest}
+    assert torch.equal(g.sample(labels[:n], torch.tensor(t["index"].to_pylist()), seed=t["seed"][0].as_py()), images[:n])
+
+
+def test_embed_leaves_the_base_classes_alone(tiny_copy):
+    """Few-shot by embeddings: base classes draw the very same images as before, novel ones have changed."""
+    small_stage(tiny_copy, "fewshot", "embed", {"generator": "base_gan"}, mode="embed", steps=10, eval_every=10, n_eval=10)
+    before, after = load_generator(tiny_copy / "base_gan" / "last"), load_generator(tiny_copy / "embed" / "last")
+    base = torch.tensor(before.trained).repeat(8)
+    index = torch.arange(8).repeat_interleave(len(before.trained))
+    assert torch.equal(before.sample(base, index, seed=1), after.sample(base, index, seed=1))
+    novel = sorted(set(after.trained) - set(before.trained))
+    assert len(novel) == 3 and load_json(tiny_copy / "splits" / "fewshot.json")["novel"] == novel
+    with pytest.raises(SettingError, match="not trained on classes"):
+        before.sample(novel, [0] * 3)
+    a, b = [load_tensors(tiny_copy / f / "last" / "generator.safetensors")[0] for f in ("base_gan", "embed")]
+    moved = {k for k in a if not torch.equal(a[k], b[k])}
+    assert moved and all(k.startswith(("embed.", "norms.")) for k in moved)

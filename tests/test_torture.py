@@ -1,0 +1,172 @@
+"""Kill a run again and again, at moments spread over all stages, and run it again: nothing is lost, and every stage ends with the digests of a run
+that nobody disturbed. SYNTHLIT_TORTURE=N sets the number of kills (`make torture N=100`), ten to a run."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from synthlit.core import is_artefact, load_json
+from synthlit.splits import openings
+
+KILLS = int(os.environ.get("SYNTHLIT_TORTURE", 10))
+# one folder of every stage, in the order they run; the other variants are copied from the finished run, to save time
+STAGES = ["splits", "classifier", "gan-seed0", "fewshot", "generate-gan-seed0", "filter-gan-seed0", "multigen", "evaluate", "report"]
+WAYS = ["kernel", "runner", "rename", "both"]
+LAST = ("result.json", "manifest.json")  # after these a kernel soon ends by itself
+
+
+def moments(reference: Path, seed: int) -> list:
+    """Ten kills: (stage, way, file of the stage that is waited for, seconds to wait then). The first kill finds its kernel still starting."""
+    r = random.Random(seed)
+    ways = [WAYS[(i + seed) % len(WAYS)] for i in range(len(STAGES))]
+    out = [(r.choice(STAGES), r.choice(["kernel", "runner", "both"]), None, r.random())]
+    for stage, way in zip(STAGES, ways):
+        folder = reference / stage
+        files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+        files = [p for p in files if is_artefact(p) or p.parts[0] == "checkpoints" or p.name in ("stage.json", "manifest.json")]
+        if way != "rename":  # there must still be a kernel to kill
+            files = [p for p in files if p.name not in LAST] if stage != "report" else [Path("stage.json")]
+        out.append((stage, way, str(r.choice(sorted(files))), r.random()))
+    return sorted(out, key=lambda m: (STAGES.index(m[0]), m[2] is not None))
+
+
+class Runner:
+    """`synthlit run` in a session of its own."""
+
+    def __init__(self, run: Path, params: Path, fault: str = ""):
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parent / "fault"), os.environ.get("PYTHONPATH")]))
+        self.log, self.run = run / "torture.log", run
+        with open(self.log, "w") as out:
+            code = "import sys; from synthlit.pipeline import main; sys.exit(main())"
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, "run", str(params), "--out", str(run)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "SYNTHLIT_FAULT": fault, "PYTHONPATH": path},
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def stage(self) -> str:
+        """The stage that the runner said last that it begins."""
+        heads = [line for line in self.text().splitlines() if line.startswith("[") and line.endswith(" ...")]
+        return heads[-1].split()[1] if heads else ""
+
+    def kernel(self):
+        """The kernel's process, or None."""
+        try:
+            children = psutil.Process(self.process.pid).children()
+            return next((p for p in children if "ipykernel_launcher" in " ".join(p.cmdline())), None)
+        except psutil.NoSuchProcess:
+            return None
+
+    def wait(self, condition, what: str, seconds: float = 180):
+        """Wait for something that must happen before the runner ends."""
+        end = time.time() + seconds
+        while not (found := condition()):
+            assert self.process.poll() is None, f"the runner ended before {what}:\n{self.text()}"
+            assert time.time() < end, f"{what} did not happen in {seconds} s:\n{self.text()}"
+            time.sleep(0.01)
+        return found
+
+    def end(self, seconds: float = 600) -> int:
+        """Exit code, once it has ended by itself."""
+        return self.process.wait(seconds)
+
+
+def gone(process, seconds: float = 5) -> bool:
+    """Has the process ended after at most so many seconds? (A zombie has: it only waits for its new parent to look.)"""
+    end = time.time() + seconds
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.time() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def kill(runner: Runner, stage: str, way: str, file: str | None, delay: float):
+    """One kill, from outside (the runner, the kernel, or both) or, between write and rename, from inside; checks what must hold at once."""
+    if way != "rename":
+        runner.wait(lambda: runner.stage() == stage and runner.kernel(), f"{stage} begins")
+        if file:
+            runner.wait((runner.run / stage / file).exists, f"{stage}/{file} is written")
+        time.sleep(delay)
+        kernel = runner.wait(runner.kernel, "a kernel runs")
+        if way in ("runner", "both"):
+            runner.process.kill()
+        if way in ("kernel", "both"):
+            kernel.kill()
+        if way == "runner":  # left alone: it notices, while the next runner already starts
+            runner.process.wait()
+            return kernel
+    code = runner.end()
+    if way == "both":
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 1, f"exit code {code} after the kernel of {stage} was killed ({way} {file}):\n{runner.text()}"
+        assert f"{runner.stage()}: its kernel died by signal SIGKILL" in runner.text()
+    if way == "rename":
+        assert runner.stage() == stage
+        assert not (runner.run / stage / file).exists(), f"{stage}/{file} was to be lost"
+
+
+@pytest.mark.parametrize("seed", range(-(-KILLS // 10)))
+def test_killed_runs_end_with_the_same_digests(tiny_run, tmp_path, seed):
+    """Ten kills and as many reruns of one run; then all artefacts are those of `tiny_run`."""
+    run, params = tmp_path / "run", tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump(tiny_run.params))
+    shutil.copytree(tiny_run.run, run, ignore=lambda folder, names: [n for n in names if n in STAGES and Path(folder) == tiny_run.run])
+    start, orphan = time.time(), None
+    for n, moment in enumerate(moments(tiny_run.run, seed)):
+        stage, way, file, delay = moment
+        runner = Runner(run, params, f"/{stage}/{file}" if way == "rename" else "")
+        if orphan:
+            assert gone(orphan), f"kernel {orphan.pid} outlived its runner by more than 5 s"
+        orphan = kill(runner, *moment)
+        print(f"{time.time() - start:5.0f} s  {stage:20} {way:8} {f'at {file}' if file else 'its kernel starts'}", flush=True)
+    runner = Runner(run, params)
+    assert runner.end() == 0, runner.text()
+    names = sorted(p.parent.name for p in tiny_run.run.glob("*/manifest.json"))
+    for name in names:
+        good, mine = load_json(tiny_run.run / name / "manifest.json"), load_json(run / name / "manifest.json")
+        assert mine["artefacts"] == good["artefacts"], name
+        assert mine["digest"] == good["digest"], name
+    assert set(STAGES) <= set(names)
+    assert not list(run.glob("*.old-*")) and not [p for name in names for p in (run / name).rglob(".tmp-*")]
+    cut = load_json(run / "splits" / "result.json")["cut"]
+    assert len(openings(cut)) == len({o["key"] for o in openings(cut)})
+    print(f"{time.time() - start:5.0f} s  {n + 1} kills, {len(names)} stages with the digests of an undisturbed run")
+
+
+def test_a_rerun_waits_for_the_dying_kernel(tiny_run, tmp_path):
+    """The runner is killed while its kernel cannot notice (stopped): the next run's kernel waits for the stage's lock, then goes on."""
+    run, params = tmp_path / "run", tmp_path / "params.yaml"
+    run.mkdir()
+    shutil.copy(tiny_run.run / "run.json", run)
+    params.write_text(yaml.safe_dump({**tiny_run.params, "stages": {"splits": {}}}))
+    first = Runner(run, params)
+    first.wait((run / "splits" / "stage.json").exists, "splits begins")
+    kernel = first.kernel()
+    kernel.suspend()
+    first.process.kill()
+    first.process.wait()
+    second = Runner(run, params)
+    holder = run / "locks" / "splits.pid"
+    second.wait(second.kernel, "a second kernel starts")
+    time.sleep(8)  # it has imported everything by now and stands before the lock
+    assert second.process.poll() is None and holder.read_text() == str(kernel.pid) and not (run / "splits" / "manifest.json").exists()
+    kernel.resume()
+    assert gone(kernel), "a kernel outlived its runner by more than 5 s"
+    assert second.end() == 0, second.text()
+    assert load_json(run / "splits" / "manifest.json")["digest"] == load_json(tiny_run.run / "splits" / "manifest.json")["digest"]

@@ -1,1 +1,0 @@
-def test_a(tiny_run): print(tiny_run)
