@@ -106,7 +106,7 @@ def preset_of(presets: dict, name: str) -> dict:
     if name not in presets: raise SettingError(f'unknown preset {name!r}; {nearest(name, presets)}')
     return presets[name]
 
-# %% ../nbs/00a_core.ipynb #1d56c7e7
+# %% ../nbs/00a_core.ipynb #562704ee
 def field_help(
     cls,  # a dataclass whose fields carry trailing comments
 ) -> dict:  # field name -> (type as written, default, help)
@@ -114,7 +114,8 @@ def field_help(
     rows = {}
     for line in inspect.getsource(cls).splitlines():
         m = re.match(r'\s+(\w+): (.+?)(?: = (.+?))?\s+# (.+)$', line)
-        if m and m[1] in cls.__dataclass_fields__: rows[m[1]] = (m[2], cls.__dataclass_fields__[m[1]].default, m[4])
+        f = m and cls.__dataclass_fields__.get(m[1])
+        if f: rows[m[1]] = (m[2], f.default_factory() if f.default is dataclasses.MISSING else f.default, m[4])
     return rows
 
 # %% ../nbs/00a_core.ipynb #acbded73

@@ -6,8 +6,8 @@
 __all__ = ['EVALUATE_PRESETS', 'EvaluateConfig', 'interval', 'sources_of', 'floor_set', 'accepted_set', 'trained_row', 'measures',
            'optimism', 'refuse_contamination', 'work_evaluate', 'run_evaluate', 'summary', 'print_table']
 
-# %% ../nbs/08a_evaluate.ipynb #b1c830c1
-from dataclasses import dataclass, replace
+# %% ../nbs/08a_evaluate.ipynb #6e3f463e
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
@@ -22,11 +22,11 @@ from .filter import images_at, load_accepted
 from .multigen import load_mixture
 from .gan.train import stage_splits
 
-# %% ../nbs/08a_evaluate.ipynb #40b525d7
+# %% ../nbs/08a_evaluate.ipynb #58b1143c
 @dataclass
 class EvaluateConfig:
     "Settings of the evaluation. The recipe is the real classifier's."
-    seeds: list[Annotated[int, (0, None)]] = (0, 1, 2)  # seeds of the headline rows: real, floor, mixture
+    seeds: list[Annotated[int, (0, None)]] = field(default_factory=lambda: [0, 1, 2])  # seeds of the headline rows: real, floor, mixture
     row_seeds: Annotated[int, (1, None)] = 1  # how many of them the rows of single generators get
     floor_components: Annotated[int, (1, None)] = 40  # Gaussians per class of the floor, at most
     floor_dim: Annotated[int, (1, None)] = 100  # principal components of the floor, at most
@@ -53,11 +53,11 @@ def interval(
     half = stats.t.ppf(.975, len(x) - 1)*x.std(ddof=1)/len(x)**.5
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../nbs/08a_evaluate.ipynb #351a66f0
+# %% ../nbs/08a_evaluate.ipynb #1e955da9
 def sources_of(stage: Stage, train: Split) -> dict:
     "Row name -> (kind, function giving (images, labels)): floor, then every set, filtered set and mixture among the inputs."
-    n, classes = per_class_of(None, train), list(range(len(train.classes)))
-    out = {'floor': ('floor', lambda: floor_set(train, stage.cfg, n))}
+    n = per_class_of(None, train)
+    out: dict = {'floor': ('floor', lambda: floor_set(train, stage.cfg, n))}
     for f in stage.inputs.get('set', []): out[f'synthetic ({load_json(f/"result.json")["generator"]})'] = ('synthetic', lambda f=f: load_set(f)[:2])
     for f in stage.inputs.get('accepted', []): out[f'filtered ({load_json(f/"result.json")["generator"]})'] = ('filtered', lambda f=f: accepted_set(f, stage.device))
     for f in stage.inputs.get('mixture', []): out['mixture' if len(stage.inputs['mixture']) == 1 else f'mixture ({f.name})'] = ('mixture', lambda f=f: load_mixture(f, stage.device))

@@ -6,8 +6,8 @@
 __all__ = ['FILTER_PRESETS', 'FilterConfig', 'confident', 'Pool', 'accept', 'images_at', 'Trials', 'proxy_steps', 'work_filter',
            'run_filter', 'save_rejected', 'load_accepted']
 
-# %% ../nbs/06_filter.ipynb #8e2c2188
-from dataclasses import dataclass, replace
+# %% ../nbs/06_filter.ipynb #fd8b97da
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
@@ -18,11 +18,11 @@ from .classifier import Fixed, load_classifier, planned_steps, train_classifier
 from .generate import per_class_of
 from .gan.train import stage_splits
 
-# %% ../nbs/06_filter.ipynb #4bdb8e5e
+# %% ../nbs/06_filter.ipynb #5615be8c
 @dataclass
 class FilterConfig:
     "Settings of the filter."
-    tau: list[Annotated[float, (0, 0.999)]] = (0.0, 0.5, 0.9)  # thresholds to try; val chooses; 0 = the class must only be the most likely one
+    tau: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0.0, 0.5, 0.9])  # thresholds to try; val chooses; 0 = the class must only be the most likely one
     std: Annotated[float | None, (0, 10)] = None  # the generator's dial: spread of the latent; None = its default
     per_class: Annotated[int | None, (1, None)] = None  # accepted images per class; None = as many as the real training split has on average
     draws: Annotated[int, (1, 1000)] = 6  # at most so many candidates per wanted image; a class that is short then takes the likeliest of the rest

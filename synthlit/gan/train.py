@@ -155,7 +155,7 @@ def gan_step(s: GanState, images: torch.Tensor, y: torch.Tensor, step: int, tota
     s.average(step)
     return loss_d.detach(), loss_g.detach()
 
-# %% ../../nbs/03b_gan_training.ipynb #36f986fc
+# %% ../../nbs/03b_gan_training.ipynb #06ca3742
 def watch(g: Generator, val: Split, classifier, n: int, labels: list, seed: int = 0) -> dict:
     "Fréchet distance to val in classifier features, and the share of samples that the classifier takes for their label; n samples of each of `labels`."
     y = torch.as_tensor(labels).repeat_interleave(n)
@@ -179,7 +179,8 @@ def train_gan(
     if state: s.load(state)
     stage.history.cut(start)
     for step in stage.track(range(start, total), total, start, stage.dir.name):
-        losses = gan_step(s, *batches(step), step, total)
+        images, y = batches(step)
+        losses = gan_step(s, images, y, step, total)
         if (step + 1) % 50 == 0 or step + 1 == total:
             ok = all(torch.isfinite(l) for l in losses)
             if not ok: raise FloatingPointError(f'{stage.dir.name}: the loss is not a number at step {step + 1}; the checkpoint of step {start if not stage.checkpoints.paths() else stage.checkpoints.paths()[-1].stem[5:]} is kept. Try a smaller lr_g and lr_d')
