@@ -55,7 +55,7 @@ def test_second_run_does_nothing(tiny_run, tiny_copy, tmp_path):
     start = time.time()
     out = command("synthlit", "run", write_params(tmp_path / "tiny.yaml", tiny_run.params), "--out", tiny_copy)
     print(f"the second run of a finished chain took {time.time() - start:.1f} s, imports included")
-    assert "nothing to do: all 13 stages are done" in out and str(tiny_copy / "report" / "report.html") in out
+    assert "nothing to do: all 12 stages are done" in out and str(tiny_copy / "report" / "report.html") in out
     after = {p: p.stat().st_mtime_ns for p in tiny_copy.rglob("*") if p.is_file() and p.parent.name != "locks"}
     assert {p.name for p in after if before.get(p) != after[p]} <= {"params.yaml"}
 
@@ -63,10 +63,10 @@ def test_second_run_does_nothing(tiny_run, tiny_copy, tmp_path):
 def test_params_yaml_repeats_the_run(tiny_run, tmp_path):
     """The resolved parameter file, in a new folder, stage by stage: the same digests; then everything wanted is done."""
     new = tmp_path / "again"
-    for only in ("splits", "classifier", "gan-seed1", "generate-gan-seed1"):
+    for only in ("splits", "classifier", "gan-seed0", "generate"):
         assert main(["run", str(tiny_run.run / "params.yaml"), "--out", str(new), "--only", only]) == 0
     mine, good = digests(new), digests(tiny_run.run)
-    assert mine == {k: good[k] for k in ("splits", "classifier", "gan-seed1", "generate-gan-seed1")}
+    assert mine == {k: good[k] for k in ("splits", "classifier", "gan-seed0", "generate")}
     assert yaml.safe_load((new / "params.yaml").read_text()) == yaml.safe_load((tiny_run.run / "params.yaml").read_text())
 
 
@@ -75,7 +75,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(tiny_run, tiny_copy, tmp_pa
     before, params = digests(tiny_copy), write_params(tmp_path / "tiny.yaml", tiny_run.params)
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "evaluate.n_measure=120"]) == 0
     out, after = capsys.readouterr().out, digests(tiny_copy)
-    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 13 stages run" in out
+    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 12 stages run" in out
     assert {k for k in after if after[k] != before[k]} <= {"evaluate", "report"} and after["evaluate"] != before["evaluate"]
     assert {p.name for p in tiny_copy.glob("*.old-*")} == {"evaluate.old-1", "report.old-1"}
     assert read_manifest(tiny_copy / "evaluate.old-1")["digest"] == before["evaluate"]
@@ -88,7 +88,7 @@ def test_dry_run_sees_what_a_change_entails(tiny_run, tiny_copy, tmp_path, capsy
     params, before = write_params(tmp_path / "tiny.yaml", tiny_run.params), sorted(tiny_copy.rglob("*"))
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "classifier.epochs=3", "--dry-run"]) == 0
     rows = dict(re.findall(r"^(\S+) +(done|changed|begun|to do|waiting) ", capsys.readouterr().out, re.M))
-    assert len(rows) == 13 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
+    assert len(rows) == 12 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
     assert "done" not in rows.values(), rows
     assert sorted(tiny_copy.rglob("*")) == before
 
@@ -160,7 +160,7 @@ def test_show(tiny_run, capsys):
     """A line for every stage, with its state; an unfinished stage is not done."""
     assert main(["show", str(tiny_run.run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 14 and all(" done " in line for line in lines[1:])
+    assert len(lines) == 13 and all(" done " in line for line in lines[1:])
 
 
 def test_log(tiny_run, tmp_path, capsys):
@@ -170,7 +170,7 @@ def test_log(tiny_run, tmp_path, capsys):
     assert main(["log", str(tiny_run.run), "--csv", str(tmp_path / "log.csv")]) == 0
     with open(tmp_path / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert {r["stage"] for r in rows} == {"classifier", "gan-seed0", "gan-seed1", "base_gan", "fewshot"}
+    assert {r["stage"] for r in rows} == {"classifier", "gan-seed0", "base_gan", "fewshot"}
     assert all(0 <= float(r["val_accuracy"]) <= 1 for r in rows if r["stage"] == "classifier")
 
 
@@ -304,8 +304,8 @@ def test_a_filtered_set_is_a_list_of_addresses(tiny_run):
     from synthlit.core import load_table
     from synthlit.generate import load_set
 
-    images, labels, _ = load_set(tiny_run.run / "generate-gan-seed0")
-    t = load_table(next((tiny_run.run / "generate-gan-seed0").glob("*.parquet")))
+    images, labels, _ = load_set(tiny_run.run / "generate")
+    t = load_table(next((tiny_run.run / "generate").glob("*.parquet")))
     g = load_generator(tiny_run.run / "gan-seed0")
     n = t.num_rows
     assert set(t["generator"].to_pylist()) == {g.digest}

@@ -1,10 +1,9 @@
 """An installed wheel works like a checkout: built from what git has, installed into an empty folder, run from elsewhere."""
 
-import io
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -34,13 +33,15 @@ def run(*args, cwd, **env) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel of the tracked files as they are now, built without leaving anything in the checkout."""
+    """A wheel of the files that git knows or would, as they are now, built without leaving anything in the checkout."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     tmp = tmp_path_factory.mktemp("wheel")
-    stash = subprocess.run(["git", "stash", "create"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # changes nothing
-    tar = subprocess.run(["git", "archive", stash or "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
-    tarfile.open(fileobj=io.BytesIO(tar)).extractall(tmp / "tree", filter="data")
+    ls = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in filter(None, subprocess.run(ls, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (tmp / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp / "tree" / name)
     run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", tmp, cwd=tmp / "tree")
     return next(tmp.glob("synthlit-*.whl"))
 
