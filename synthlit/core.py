@@ -568,22 +568,26 @@ def small_inputs(run: Path, stage: str, many: bool = False):
         elif 'generator' in STAGES[up].reads and not STAGES[up].joins: [small_stage(run, up, f'{up}-{g}' if len(gens) > 1 else up, {'generator': g}) for g in gens]
         else: small_stage(run, up, **({'classes': 'base'} if stage == 'fewshot' and up == 'gan' else {}))
 
-# %% ../nbs/00a_core.ipynb #c7257e66
+# %% ../nbs/00a_core.ipynb #42526f19
 def show_grid(
     images: torch.Tensor,  # N×C×H×W uint8
     rows: int,  # number of rows; N must be a multiple
     title: str = '',  # above the grid
-    zoom: float = .45,  # inches per image
+    zoom: float = .5,  # inches per image
     labels=None,  # one text per row
+    split: int = 0,  # a wider gap after so many columns
 ):
-    "Show images in a grid, row by row; greyscale or colour."
+    "Show images in a grid, row by row, with thin white lines between them; greyscale or colour."
     import matplotlib.pyplot as plt
     n, c, h, w = images.shape
-    cols = n//rows
-    grid = images[:rows*cols].view(rows, cols, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows*h, cols*w, c).cpu().numpy()
-    fig, ax = plt.subplots(figsize=(cols*zoom + (1 if labels else 0), rows*zoom + (.3 if title else 0)))
-    ax.imshow(grid if c == 3 else grid[..., 0], cmap=None if c == 3 else 'gray', vmin=0, vmax=255)
-    ax.set(xticks=[], yticks=[(i + .5)*h for i in range(rows)] if labels else [], title=title)
+    cols, line = n//rows, max(1, h//14)
+    padded = nn.functional.pad(images[:rows*cols].cpu(), (0, line, 0, line), value=255).view(rows, cols, c, h + line, w + line)
+    if split: padded = torch.cat([padded[:, :split], torch.full_like(padded[:, :1], 255), padded[:, split:]], 1)
+    grid = padded.permute(0, 3, 1, 4, 2).reshape(rows*(h + line), -1, c).numpy()
+    fig, ax = plt.subplots(figsize=(padded.shape[1]*zoom + (1 if labels else 0), rows*zoom + (.3 if title else 0)))
+    ax.imshow(grid if c == 3 else grid[..., 0], cmap=None if c == 3 else 'gray', vmin=0, vmax=255, interpolation='nearest')
+    ax.set(xticks=[], yticks=[(i + .5)*(h + line) for i in range(rows)] if labels else [], title=title)
     if labels: ax.set_yticklabels(labels, fontsize=8)
+    ax.tick_params(length=0)
     for s in ax.spines.values(): s.set_visible(False)
     plt.tight_layout()

@@ -136,7 +136,7 @@ def run_evaluate(stage: Stage) -> dict:
     stage.finish(result)
     return result
 
-# %% ../nbs/08a_evaluate.ipynb #593583d1
+# %% ../nbs/08a_evaluate.ipynb #afd2c9af
 def summary(rows: list) -> list:
     "One line per source from the scores of its seeds: accuracy on test with its interval, paired gap to real with its interval, measures."
     real = {r['seed']: r['test'] for r in rows if r['kind'] == 'real'}
@@ -152,5 +152,7 @@ def print_table(table: list):
     "The table as text: accuracies in per cent, gaps in points."
     ci = lambda lo, hi: f'[{100*lo:.1f}, {100*hi:.1f}]' if lo is not None else 'one seed'
     print(f'{"trained on":34}{"seeds":>6}{"test %":>8} {"interval":>14}{"gap":>7} {"interval":>14}{"Fréchet*":>10}{"cover.":>8}')
-    for r in table: print(f'{r["row"]:34}{r["seeds"]:6}{100*r["test"]:8.2f} {ci(r["low"], r["high"]):>14}{100*r["gap"]:7.2f} {ci(r["gap_low"], r["gap_high"]):>14}{r["frechet"]:10.2f}{r["coverage"]:8.2f}')
+    for r in table:
+        gap = ('', '') if r['kind'] == 'real' else (f'{100*r["gap"]:.2f}', ci(r['gap_low'], r['gap_high']))
+        print(f'{r["row"]:34}{r["seeds"]:6}{100*r["test"]:8.2f} {ci(r["low"], r["high"]):>14}{gap[0]:>7} {gap[1]:>14}{r["frechet"]:10.2f}{r["coverage"]:8.2f}')
     print('* Fréchet distance and coverage to val in the real classifier\'s features, not FID')

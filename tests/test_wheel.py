@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CHAIN = {
     "name": "two",
     "preset": "tiny",
     "machine": {"device": "cpu", "threads": 1, "channels_last": False},
-    "stages": {"splits": {}, "classifier": {"epochs": 1}},
+    "stages": {"splits": {"preset": "marked"}, "classifier": {"epochs": 1}},
 }
 
 
@@ -64,38 +64,25 @@ def test_the_wheel_carries_notebooks_and_parameters(wheel):
 
 
 def test_a_chain_runs_from_the_wheel(site, tmp_path):
-    """Runner and kernels import the wheel's package and read its notebooks; the digests are those of the checkout."""
+    """Runner and kernels import the wheel's package and read its notebooks: a preset that only the wheel's code has reaches the notebook."""
+    with open(site / "synthlit" / "splits.py", "a") as f:
+        f.write("\nSPLITS_PRESETS['marked'] = dict(k=4)\n")
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(CHAIN))
-    env, start = dict(PYTHONPATH=str(site)), time.time()
-    where = run("-c", "import synthlit.core as c; print(c.__file__); print(c.notebooks_dir())", cwd=tmp_path, **env).split()
-    assert where == [str(site / "synthlit" / "core.py"), str(site / "synthlit" / "nbs")]
-    go = "import sys; from synthlit.pipeline import main; sys.exit(main())"
-    out = run("-c", go, "run", "two.yaml", cwd=tmp_path, **env)
-    assert "2 of 2 stages run" in out
-    folder = tmp_path / "runs" / "two"
-    assert "nothing to do" in run("-c", go, "run", "two.yaml", cwd=tmp_path, **env)
-    print(f"two stages from the wheel, twice: {time.time() - start:.1f} s")
-    # the same code and settings have the same identity; the code of a stage is read beside the package that is imported
-    code = "import json, sys; from synthlit.core import code_digest; print(code_digest('splits'), code_digest('classifier'))"
-    assert run("-c", code, cwd=tmp_path, **env).split() == [load_json(folder / s / "manifest.json")["code"] for s in ("splits", "classifier")]
-    nb = nbformat.read(folder / "classifier" / "notebook.ipynb", 4)
-    assert any("val accuracy" in o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs)
-
-
-def test_kernels_import_the_wheel(site, tmp_path):
-    """A mark left in the wheel's package (not in the checkout's) is seen by the notebook that a kernel runs."""
-    core = site / "synthlit" / "splits.py"
-    text = core.read_text()
-    try:
-        core.write_text(text + "\nSPLITS_PRESETS['marked'] = dict(k=4)\n")
-        (tmp_path / "one.yaml").write_text(yaml.safe_dump({**CHAIN, "preset": "marked", "stages": {"splits": {}}}))
-        run("-c", "from synthlit.pipeline import main; assert main(['run', 'one.yaml', '--out', 'one']) == 0", cwd=tmp_path, PYTHONPATH=str(site))
-    finally:
-        core.write_text(text)
-    assert load_json(tmp_path / "one" / "splits" / "fewshot.json")["k"] == 4
-
-
-def test_the_files_that_come_along_are_found_by_name(site, tmp_path):
-    """`synthlit run digits` from the wheel, from any folder: planned, not run."""
-    go = "from synthlit.pipeline import read_params, plan; print(len(plan(read_params('digits'))))"
-    assert int(run("-c", go, cwd=tmp_path, PYTHONPATH=str(site))) > 9
+    code = """
+        import sys
+        import synthlit.core
+        from synthlit.pipeline import main, plan, read_params
+        print(synthlit.core.__file__, synthlit.core.notebooks_dir(), len(plan(read_params("digits"))))  # a file that comes along, by its name
+        code = main(["run", "two.yaml"])
+        print(synthlit.core.code_digest("splits"), synthlit.core.code_digest("classifier"))
+        sys.exit(code)
+    """
+    out = run("-c", textwrap.dedent(code), cwd=tmp_path, PYTHONPATH=str(site)).splitlines()
+    core, notebooks, nodes = out[0].split()
+    assert core == str(site / "synthlit" / "core.py") and notebooks == str(site / "synthlit" / "nbs") and int(nodes) > 9
+    assert any("2 of 2 stages run" in line for line in out)
+    splits, classifier = [tmp_path / "runs" / "two" / s for s in ("splits", "classifier")]
+    assert load_json(splits / "fewshot.json")["k"] == 4
+    assert [load_json(f / "manifest.json")["code"] for f in (splits, classifier)] == out[-1].split()  # the kernels' code is the runner's
+    notebook = nbformat.read(classifier / "notebook.ipynb", 4)
+    assert any("val accuracy" in o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)

@@ -20,7 +20,7 @@ from ..splits import Split, load_split
 from ..classifier import augment, load_classifier, to_device
 from .models import DCGenerator, build_gan
 
-# %% ../../nbs/03b_gan_training.ipynb #2776eafd
+# %% ../../nbs/03b_gan_training.ipynb #c260e6c6
 @dataclass
 class GanConfig:
     "Everything that may be set about a GAN and its training."
@@ -55,7 +55,7 @@ class GanConfig:
     def total(self, n_train: int) -> int: return self.epochs*max(1, n_train//self.batch) if self.epochs else self.steps
 
 GAN_PRESETS = dict(
-    tiny=dict(steps=300, eval_every=150, width_g=16, n_eval=30),
+    tiny=dict(steps=600, eval_every=200, width_g=16, n_eval=30),
     digits=dict(steps=3000, eval_every=500, width_g=24),
     fashion_mnist=dict(steps=12000, eval_every=2000, flip=True),
     mnist=dict(steps=12000, eval_every=2000),
