@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLASSIFIER_PRESETS', 'CPU', 'ClassifierConfig', 'conv', 'Residual', 'SmallNet', 'to_float', 'augment', 'Fixed',
            'Classifier', 'to_device', 'load_classifier', 'new_net', 'one_cycle', 'planned_steps', 'classifier_step',
-           'train_classifier', 'val_score', 'save_training', 'cas', 'confusion', 'work_classifier', 'run_classifier']
+           'train_classifier', 'on_device', 'val_score', 'save_training', 'cas', 'confusion', 'work_classifier',
+           'run_classifier']
 
 # %% ../nbs/02_classifier.ipynb #a6bdc810
 import math
@@ -157,7 +158,7 @@ def classifier_step(net, opt, x, y, recipe: ClassifierConfig, machine: dict) -> 
     opt.step()
     return loss.detach()
 
-# %% ../nbs/02_classifier.ipynb #185a4116
+# %% ../nbs/02_classifier.ipynb #f6159f64
 def train_classifier(
     source,  # what to train on: `len(source)` and `source.epoch(e) -> (images, labels)`
     recipe: ClassifierConfig,
@@ -182,7 +183,7 @@ def train_classifier(
     net.train()
     for step in track(range(start, steps), steps, start, 'classifier'):
         e, b = divmod(step, per_epoch)
-        if e != epoch: epoch, (images, labels), order = e, source.epoch(e), torch.from_numpy(rng(recipe.seed, 'classifier.order', e).permutation(len(source)))
+        if e != epoch: epoch, (images, labels), order = e, on_device(source.epoch(e), machine), torch.from_numpy(rng(recipe.seed, 'classifier.order', e).permutation(len(source)))
         rows = order[b*batch:(b + 1)*batch]
         opt.param_groups[0]['lr'] = one_cycle(step, steps, recipe.lr)
         x = augment(images[rows], recipe.shift, recipe.flip, rng(recipe.seed, 'classifier.augment', step))
@@ -191,6 +192,10 @@ def train_classifier(
         if history and (b + 1 == per_epoch or done): history.log(step + 1, loss=loss, **val_score(net, val, classes, images.shape[1:], recipe, machine))
         if checkpoints and ((step + 1) % every == 0 or done): save_training(checkpoints, history, step + 1, net=net.state_dict(), opt=opt.state_dict())
     return Classifier(net, classes, images.shape[1:], recipe, machine)
+
+def on_device(data: tuple, machine: dict) -> tuple:
+    "A set of images as one uint8 tensor where the network is: batches are then index slices, without a transfer a step."
+    return tuple(t.to(machine['device']) for t in data)
 
 def val_score(net, val, classes, shape, recipe, machine) -> dict:
     "Accuracy on val while training; the network goes back to training mode."

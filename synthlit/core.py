@@ -8,9 +8,9 @@ __all__ = ['STAGES', 'PACKAGE', 'rng', 'randn', 'global_rng', 'SettingError', 'n
            'load_json', 'save_tensors', 'load_tensors', 'save_table', 'load_table', 'pack', 'unpack',
            'restore_optimizer', 'Checkpoints', 'pick_device', 'time_step', 'probe', 'use_machine', 'History',
            'TensorBoard', 'StageSpec', 'stage_parts', 'notebooks_dir', 'bare_tree', 'module_files', 'run_cells',
-           'code_digest', 'InUse', 'take_lock', 'move_aside', 'changes', 'read_manifest', 'stage_identity', 'continues',
-           'find_inputs', 'check_same_splits', 'Stage', 'is_artefact', 'run_machine', 'enter_folder', 'temporary_run',
-           'open_stage', 'small_stage', 'small_inputs', 'show_grid']
+           'code_digest', 'InUse', 'take_lock', 'move_aside', 'changes', 'read_manifest', 'name_in', 'stage_identity',
+           'continues', 'find_inputs', 'check_same_splits', 'Stage', 'is_artefact', 'run_machine', 'enter_folder',
+           'temporary_run', 'open_stage', 'small_stage', 'small_inputs', 'show_grid']
 
 # %% ../nbs/00a_core.ipynb #9a52db46
 import ast, atexit, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, inspect, json, os, platform, random, re, shutil, sys, tempfile
@@ -409,15 +409,19 @@ def changes(old: dict, new: dict, path='') -> list:
     if not (isinstance(old, dict) and isinstance(new, dict)): return [] if old == new else [f'{path[1:]}: {str(old)[:40]} -> {str(new)[:40]}']
     return [c for k in sorted({*old, *new}, key=str) for c in changes(old.get(k), new.get(k), f'{path}.{k}')]
 
-# %% ../nbs/00a_core.ipynb #1aac54ec
+# %% ../nbs/00a_core.ipynb #b53ef004
 def read_manifest(folder) -> dict:
     "A finished stage's manifest."
     if not (Path(folder)/'manifest.json').exists(): raise FileNotFoundError(f'{folder} holds no finished stage (no manifest.json): run it first')
     return load_json(Path(folder)/'manifest.json')
 
-def stage_identity(stage: str, cfg, inputs: dict, machine: dict) -> dict:
+def name_in(run, folder) -> str:
+    "A stage folder's name in its run; its full path where it belongs to another run."
+    return Path(folder).name if Path(folder).parent == Path(run) else str(folder)
+
+def stage_identity(stage: str, cfg, run, inputs: dict, machine: dict) -> dict:
     "What decides whether finished work is still good: settings, digests of inputs, code, the machine's choices."
-    ins = {kind: {Path(f).name: read_manifest(f)['digest'] for f in folders} for kind, folders in inputs.items()}
+    ins = {kind: {name_in(run, f): read_manifest(f)['digest'] for f in folders} for kind, folders in inputs.items()}
     return json.loads(json.dumps(dict(stage=stage, settings=dataclasses.asdict(cfg), inputs=ins, code=code_digest(stage), machine=machine)))
 
 def continues(old: dict, new: dict, cfg) -> bool:
@@ -497,7 +501,7 @@ def is_artefact(path: Path) -> bool:
     "Does this file of a stage folder count for its digest? Not the notebook, the checkpoints, progress, or anything that holds times."
     return path.name not in ('manifest.json', 'stage.json', 'progress.json', 'notebook.ipynb', 'report.html') and path.parts[0] not in ('checkpoints', 'tb') and not path.name.startswith('.')
 
-# %% ../nbs/00a_core.ipynb #459c3818
+# %% ../nbs/00a_core.ipynb #e29247d7
 def run_machine(run: Path, device: str = 'auto', threads=None, channels_last=None) -> dict:
     "The run's machine choices: probed at the first call, read from `run.json` ever after."
     path = Path(run)/'run.json'
@@ -540,19 +544,19 @@ def open_stage(
     if alone: small_inputs(run, stage)
     found = find_inputs(run, stage, inputs or {}, name or stage)
     check_same_splits(found)
-    identity = stage_identity(stage, cfg, found, machine)
+    identity = stage_identity(stage, cfg, run, found, machine)
     lock = take_lock(run/'locks'/f'{name or stage}.lock', wait=30.)
     folder = run/(name or stage)
     enter_folder(folder, identity, cfg)
     return Stage(stage, run, folder, cfg, found, identity, lock, machine)
 
-# %% ../nbs/00a_core.ipynb #887458ae
+# %% ../nbs/00a_core.ipynb #8112c69b
 def small_stage(run: Path, stage: str, name: str = '', inputs=None, **settings):
     "Run one stage's tiny preset in a run folder, in this process."
     Config, presets, go = stage_parts(stage)
     cfg, name = resolve(Config, presets['tiny'], settings), name or stage
     machine, found = run_machine(run), find_inputs(run, stage, inputs or {}, name)
-    identity = stage_identity(stage, cfg, found, machine)
+    identity = stage_identity(stage, cfg, run, found, machine)
     enter_folder(run/name, identity, cfg)
     go(Stage(stage, run, run/name, cfg, found, identity, None, machine))
 

@@ -53,13 +53,15 @@ def interval(
     half = stats.t.ppf(.975, len(x) - 1)*x.std(ddof=1)/len(x)**.5
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../nbs/08a_evaluate.ipynb #1e955da9
+# %% ../nbs/08a_evaluate.ipynb #150ff900
 def sources_of(stage: Stage, train: Split) -> dict:
     "Row name -> (kind, function giving (images, labels)): floor, then every set, filtered set and mixture among the inputs."
     n = per_class_of(None, train)
     out: dict = {'floor': ('floor', lambda: floor_set(train, stage.cfg, n))}
-    for f in stage.inputs.get('set', []): out[f'synthetic ({load_json(f/"result.json")["generator"]})'] = ('synthetic', lambda f=f: load_set(f)[:2])
-    for f in stage.inputs.get('accepted', []): out[f'filtered ({load_json(f/"result.json")["generator"]})'] = ('filtered', lambda f=f: accepted_set(f, stage.device))
+    for kind, row, load in (('set', 'synthetic', lambda f: load_set(f)[:2]), ('accepted', 'filtered', lambda f: accepted_set(f, stage.device))):
+        folders = stage.inputs.get(kind, [])
+        of = [load_json(f/'result.json')['generator'] for f in folders]
+        for f, g in zip(folders, of): out[f'{row} ({g if of.count(g) == 1 else f.name})'] = (row, lambda f=f, load=load: load(f))
     for f in stage.inputs.get('mixture', []): out['mixture' if len(stage.inputs['mixture']) == 1 else f'mixture ({f.name})'] = ('mixture', lambda f=f: load_mixture(f, stage.device))
     return out
 

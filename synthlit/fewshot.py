@@ -78,7 +78,7 @@ def adapt(
     if cfg.mode != 'all': s.G.eval(), s.D.eval()  # batch norms keep the base statistics
     return s
 
-# %% ../nbs/04a_fewshot.ipynb #3141aecc
+# %% ../nbs/04a_fewshot.ipynb #a3c10876
 def work_fewshot(cfg: FewshotConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     return dict(gan=cfg.steps*cfg.batch, sample=cfg.steps//cfg.eval_every*cfg.n_eval*3, disk=3e7)
@@ -95,5 +95,5 @@ def run_fewshot(stage: Stage) -> dict:
     every = sorted(trained + fs['novel'])
     if not stage.history.rows: keep_best(s, 0, stage, val, classifier, every, fs['novel'])  # before the first step: what fine-tuning must beat
     stage.tensorboard()
-    train_gan(s, Packs(supports, fs['novel'], cfg.batch, s.cfg.pack, cfg.seed), cfg.steps, stage, lambda s, step: keep_best(s, step, stage, val, classifier, every, fs['novel']))
+    train_gan(s, Packs(supports, fs['novel'], cfg.batch, s.cfg.pack, cfg.seed, stage.device), cfg.steps, stage, lambda s, step: keep_best(s, step, stage, val, classifier, every, fs['novel']))
     return finish_gan(s, stage, supports, cfg.steps, every)

@@ -6,12 +6,12 @@
 __all__ = ['MULTIGEN_PRESETS', 'MultigenConfig', 'split_total', 'mix', 'mixtures', 'draw_mixture', 'work_multigen',
            'run_multigen', 'load_mixture']
 
-# %% ../nbs/07_multigen.ipynb #e9658234
+# %% ../nbs/07_multigen.ipynb #ee0e75c6
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch
-from .core import SettingError, Stage, load_json, load_table, open_stage, preset_of, resolve, save_table, show_grid
+from .core import SettingError, Stage, load_json, load_table, name_in, open_stage, preset_of, resolve, save_table, show_grid
 from .splits import load_split
 from .generate import per_class_of
 from .filter import Trials, images_at, load_accepted, proxy_steps
@@ -68,7 +68,7 @@ def draw_mixture(rows: dict, sets: dict) -> tuple:
         images[torch.from_numpy(where)] = x
     return images, torch.tensor(rows['label'])
 
-# %% ../nbs/07_multigen.ipynb #b3eb74c3
+# %% ../nbs/07_multigen.ipynb #9ed4c7d6
 def work_multigen(cfg: MultigenConfig, facts: dict) -> dict:
     "Rough work of the stage: images sampled and trained on."
     n = (cfg.per_class or facts['n_train']//facts['classes'])*facts['classes']
@@ -78,7 +78,7 @@ def work_multigen(cfg: MultigenConfig, facts: dict) -> dict:
 def run_multigen(stage: Stage) -> dict:
     "The stage: try the mixtures on val, write the chosen one as addresses."
     cfg, (train, val, classifier) = stage.cfg, stage_splits(stage)
-    sets = {f.name: load_accepted(f, stage.device) for f in stage.inputs['accepted']}
+    sets = {name_in(stage.run, f): load_accepted(f, stage.device) for f in stage.inputs['accepted']}
     shapes = {s[0].shape for s in sets.values()}
     if len(shapes) > 1: raise SettingError(f'generators of different image sizes cannot be mixed: {shapes}')
     n, trials, tables = per_class_of(cfg.per_class, train), Trials(stage, classifier.recipe, proxy_steps(cfg.proxy, classifier, train), val), {}

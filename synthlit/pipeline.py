@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'Loader', 'expand', 'read_yaml', 'read_params', 'Node', 'is_list_field', 'variants',
-           'candidates', 'outside', 'combinations', 'label_of', 'plan', 'facts_of', 'preflight', 'unit_costs',
-           'fastest', 'estimate', 'only_imports', 'derive', 'statements', 'refuse_stale', 'input_names', 'state_of',
-           'parameters_of', 'StageFailed', 'execute', 'register_engine', 'clock', 'Line', 'run_node', 'resolved',
-           'wanted', 'run_chain', 'agreed_machine', 'open_log', 'headline', 'shrink', 'smoke', 'print_plan', 'cmd_run',
-           'find_run', 'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml', 'plain_type', 'cmd_params',
-           'cmd_report', 'generators_at', 'cmd_sample', 'product', 'cmd_predict', 'cmd_export', 'cmd_clean', 'parser',
-           'main']
+           'candidates', 'outside', 'combinations', 'label_of', 'preset_name', 'plan', 'facts_of', 'preflight',
+           'unit_costs', 'fastest', 'estimate', 'only_imports', 'derive', 'statements', 'refuse_stale', 'input_names',
+           'node_identity', 'state_of', 'parameters_of', 'StageFailed', 'execute', 'register_engine', 'clock', 'Line',
+           'run_node', 'resolved', 'wanted', 'run_chain', 'agreed_machine', 'open_log', 'headline', 'shrink', 'smoke',
+           'print_plan', 'cmd_run', 'find_run', 'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml',
+           'plain_type', 'cmd_params', 'cmd_report', 'generators_at', 'cmd_sample', 'product', 'cmd_predict',
+           'cmd_export', 'cmd_clean', 'parser', 'main']
 
-# %% ../nbs/09_pipeline.ipynb #723f6ec3
+# %% ../nbs/09_pipeline.ipynb #03827dba
 import argparse, ast, csv, dataclasses, difflib, importlib, itertools, json, os, re, shutil, signal, sys, tempfile, threading, time, types, typing
 from pathlib import Path
 import yaml
-from .core import (PACKAGE, STAGES, DamagedFile, InUse, SettingError, continues, field_help, load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest,
+from .core import (PACKAGE, STAGES, DamagedFile, InUse, SettingError, changes, continues, field_help, load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest,
                            resolve, run_machine, save_json, stage_identity, stage_parts, take_lock, use_machine)
 
 # %% ../nbs/09_pipeline.ipynb #2e14c2d9
@@ -44,8 +44,8 @@ def read_yaml(text: str, source: str = 'the parameters'):
     try: return expand(Loader(text).get_single_data())
     except yaml.YAMLError as e: raise SettingError(f'{source} is not valid YAML: {e}') from e
 
-# %% ../nbs/09_pipeline.ipynb #a70149eb
-TOP = dict(name='name of the run: its folder in runs/', preset='default row of every stage\'s presets', machine='device, threads, channels_last', stages='the stages wanted, with their settings')
+# %% ../nbs/09_pipeline.ipynb #c020949f
+TOP = dict(name='name of the run: its folder in runs/', preset='default row of every stage\'s presets; where it is not said, the one named like the data set', machine='device, threads, channels_last', stages='the stages wanted, with their settings')
 ENTRY = dict(stage='which stage this is, where the name is not one', uses='earlier entries (or paths of stage folders) to read; default: all that fit', preset='row of the stage\'s presets')
 
 def read_params(source, overrides=()) -> dict:
@@ -122,7 +122,7 @@ def outside(path: str) -> Node:
     m = read_manifest(folder)
     return Node(str(folder), m['stage'], str(folder), types.SimpleNamespace(**m['settings']), folder.name)
 
-# %% ../nbs/09_pipeline.ipynb #77478760
+# %% ../nbs/09_pipeline.ipynb #0385e8b5
 def combinations(stage: str, cands: dict) -> list:
     "Consistent choices of inputs: one node per kind whose ancestors agree; for joining stages everything above the same splits."
     spec = STAGES[stage]
@@ -140,6 +140,12 @@ def label_of(reads: dict, cands: dict, own: str) -> str:
     parts = [(n.name if len({c.entry for c in cands[k]}) > 1 else n.label or n.name) for k, n in vary if n.name not in above]
     return '-'.join([re.sub(r'[^\w.=-]+', '_', p.split('/')[-1]) for p in parts] + ([own] if own else []))
 
+def preset_name(params: dict) -> str:
+    "The preset row of a chain: as said, else the one named like its data set, else `digits`."
+    from synthlit.splits import SPLITS_PRESETS
+    dataset = (params['stages'].get('splits') or {}).get('dataset', 'digits')
+    return params.get('preset') or (dataset if dataset in SPLITS_PRESETS else 'digits')
+
 def plan(params: dict) -> list:
     "All nodes of a chain, in the order they run."
     order, nodes = list(STAGES), []
@@ -149,7 +155,7 @@ def plan(params: dict) -> list:
         stage = said.get('stage', e)
         cands = candidates(e, stage, said.get('uses'), nodes)
         for reads in combinations(stage, cands) if cands else [{}]:
-            for own, cfg in variants(e, stage, said, params.get('preset', 'tiny')):
+            for own, cfg in variants(e, stage, said, preset_name(params)):
                 label = label_of(reads, cands, own)
                 lineage = {k: v for ns in reads.values() for n in ns for k, v in {**n.lineage, n.entry: n.name}.items()} if not STAGES[stage].joins else {n.entry: n.name for n in reads['splits']}
                 nodes.append(Node(f'{e}-{label}' if label else e, stage, e, cfg, label, reads, lineage))
@@ -248,15 +254,19 @@ def refuse_stale(stage: str):
     have = statements(PACKAGE.joinpath(*spec.module.split('.')).with_suffix('.py').read_text(), module)
     if said != have: raise SettingError(f'stale export: {spec.notebook}.ipynb and {module} differ; run `nbdev_export` first')
 
-# %% ../nbs/09_pipeline.ipynb #0315ff3c
+# %% ../nbs/09_pipeline.ipynb #17b9ee3c
 def input_names(node: Node) -> dict:
     "kind -> folder names, as the stage's notebook takes them."
     return {k: [n.name for n in ns] for k, ns in node.reads.items()}
 
+def node_identity(node: Node, run: Path, machine: dict) -> dict:
+    "The identity that a node's stage would have now; FileNotFoundError while its inputs are not there."
+    return stage_identity(node.stage, node.cfg, run, {k: [run/n.name for n in ns] for k, ns in node.reads.items()}, machine)
+
 def state_of(node: Node, run: Path, machine: dict) -> str:
     "done, changed (it would be done anew), begun, to do, or waiting (its inputs are not there yet)."
     folder = run/node.name
-    try: new = stage_identity(node.stage, node.cfg, {k: [run/n.name for n in ns] for k, ns in node.reads.items()}, machine)
+    try: new = node_identity(node, run, machine)
     except FileNotFoundError: return 'waiting' if not (folder/'manifest.json').exists() else 'changed'
     if not (folder/'stage.json').exists(): return 'to do'
     old = load_json(folder/'stage.json')
@@ -327,7 +337,7 @@ class Line:
         self.stop.set()
         if sys.stdout.isatty(): self.thread.join(); print('\r\x1b[K', end='')
 
-# %% ../nbs/09_pipeline.ipynb #9a823ce7
+# %% ../nbs/09_pipeline.ipynb #92873941
 def run_node(node: Node, run: Path, preset: str, log) -> float:
     "Execute one node's notebook; returns its seconds."
     refuse_stale(node.stage)
@@ -347,7 +357,7 @@ def resolved(params: dict, nodes: list, machine: dict) -> dict:
         full = json.loads(json.dumps(dataclasses.asdict(mine[0].cfg)))
         fan = {k: v for k, v in said.items() if isinstance(v, list) and k in full and not isinstance(full[k], list)}
         out[e] = {**{k: said[k] for k in ('stage', 'uses') if k in said}, **full, **fan}
-    return dict(name=params['name'], preset=params.get('preset', 'tiny'), machine=machine, stages=out)
+    return dict(name=params.get('name', 'run'), preset=preset_name(params), machine=machine, stages=out)
 
 def wanted(nodes: list, first=None, last=None, only=None) -> list:
     "The nodes between two entries or stages, or of one only."
@@ -358,7 +368,7 @@ def wanted(nodes: list, first=None, last=None, only=None) -> list:
     lo, hi = (at(first)[0] if first else 0), (at(last)[-1] if last else len(nodes) - 1)
     return [n for i, n in enumerate(nodes) if lo <= i <= hi and (not only or i in at(only))]
 
-# %% ../nbs/09_pipeline.ipynb #84b10cee
+# %% ../nbs/09_pipeline.ipynb #06b31457
 def run_chain(
     params: dict,  # from `read_params`
     out=None,  # run folder; None = runs/<name>
@@ -375,8 +385,9 @@ def run_chain(
         todo, t, worked = wanted(nodes, first, last, only), time.time(), 0
         log = open_log(run)
         for i, n in enumerate(todo, 1):
-            if state_of(n, run, machine) == 'done': continue
-            with Line(run, n, i, len(todo)): s = run_node(n, run, params.get('preset', 'tiny'), log)
+            if (state := state_of(n, run, machine)) == 'done': continue
+            if state == 'changed': log(f'{n.name} changed ({"; ".join(changes(load_json(run/n.name/"stage.json"), node_identity(n, run, machine))[:3])}): done anew, the old one is kept beside it')
+            with Line(run, n, i, len(todo)): s = run_node(n, run, preset_name(params), log)
             worked += 1
             log(f'{n.name} done in {clock(s)}{headline(run/n.name)}')
         print(f'{worked} of {len(todo)} stages run, the others were done: {clock(time.time() - t)}' if worked else f'nothing to do: all {len(todo)} stages are done')

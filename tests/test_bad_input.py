@@ -54,8 +54,13 @@ def refused(tmp_path, capsys):
 
 
 @pytest.fixture
-def asked(tmp_path, refused):
-    """Call `asked(words, parameters, argv...)`: the run must be refused before any stage folder is made."""
+def asked(tmp_path, refused, monkeypatch):
+    """Call `asked(words, parameters, argv...)`: the run must be refused before any notebook is started and any stage folder made."""
+
+    def begun(nb, out, parameters, label):
+        raise AssertionError(f"{label} was begun")
+
+    monkeypatch.setattr(pipeline, "execute", begun)
 
     def call(words, params, *argv):
         path, run = tmp_path / "asked.yaml", tmp_path / "run"

@@ -14,9 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
-from synthlit.core import SettingError, digest, load_json, load_tensors, notebooks_dir, read_manifest, small_stage
+from synthlit.core import SettingError, digest, load_json, load_tensors, notebooks_dir, read_manifest, resolve, small_stage, stage_parts
 from synthlit.generator import load_generator
-from synthlit.pipeline import main, plan, read_params
+from synthlit.pipeline import main, parameters_of, plan, read_params, resolved
 from synthlit.splits import load_split, open_test, openings
 
 PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
@@ -170,12 +170,12 @@ def test_log(tiny_run, tmp_path, capsys):
     assert main(["log", str(tiny_run.run), "--csv", str(tmp_path / "log.csv")]) == 0
     with open(tmp_path / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert {r["stage"] for r in rows} == {"classifier", "gan-seed0", "base_gan", "fewshot"}
+    assert {r["stage"] for r in rows} == {"classifier", "gan-seed0", "gan-seed1", "base_gan", "fewshot"}
     assert all(0 <= float(r["val_accuracy"]) <= 1 for r in rows if r["stage"] == "classifier")
 
 
 def test_params_template_is_a_parameter_file(tmp_path, capsys):
-    """`synthlit params --yaml` parses, and what it says is the default of every setting."""
+    """`synthlit params --yaml` parses, is accepted back, and a null in it stays one whatever the preset says."""
     assert main(["params"]) == 0
     assert "classifier  (02_classifier.ipynb;" in capsys.readouterr().out
     assert main(["params", "--yaml"]) == 0
@@ -185,10 +185,23 @@ def test_params_template_is_a_parameter_file(tmp_path, capsys):
     nodes = plan(read_params(tmp_path / "all.yaml"))
     assert [n.stage for n in nodes] == list(said)
     for n in nodes:
-        assert {k: v for k, v in n.cfg.__dict__.items() if k not in ("at_least", "classes")}.items() <= vars(type(n.cfg)()).items(), n.stage
+        assert [k for k, v in vars(type(n.cfg)()).items() if vars(n.cfg)[k] != v and k not in ("at_least", "classes")] == [], n.stage
     for stage in said:
         assert main(["params", stage, "--yaml"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["stages"][stage] == said[stage]
+
+
+def test_settings_survive_the_way_to_the_notebook(tiny_run, tmp_path):
+    """What was planned is what params.yaml repeats and what the notebook resolves, also where an entry has a preset of its own."""
+    params = {**tiny_run.params, "stages": {**tiny_run.params["stages"], "generate": {"uses": "gan-seed0", "preset": "digits"}}}
+    nodes = plan(params)
+    assert next(n for n in nodes if n.stage == "generate").cfg.per_class is None
+    again = plan(read_params(resolved(params, nodes, params["machine"])))
+    assert [(n.name, n.cfg) for n in again] == [(n.name, n.cfg) for n in nodes]
+    for n in nodes:
+        Config, presets, _ = stage_parts(n.stage)
+        p = parameters_of(n, tmp_path, params["preset"])
+        assert resolve(Config, presets[p["preset"]], p["settings"]) == n.cfg, n.name
 
 
 def test_report_again(tiny_copy, capsys):
@@ -305,7 +318,7 @@ def test_a_filtered_set_is_a_list_of_addresses(tiny_run):
     from synthlit.generate import load_set
 
     images, labels, _ = load_set(tiny_run.run / "generate")
-    t = load_table(next((tiny_run.run / "generate").glob("*.parquet")))
+    t = load_table(min((tiny_run.run / "generate").glob("*.parquet")))
     g = load_generator(tiny_run.run / "gan-seed0")
     n = t.num_rows
     assert set(t["generator"].to_pylist()) == {g.digest}

@@ -82,11 +82,11 @@ class GanGenerator(Generator):
         draw = lambda z, y: self.net(z.to(self.device), y.to(self.device)).float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
         return run_blocks(draw, latents(labels, index, self.net.z, seed)*std, labels)
 
-# %% ../../nbs/03b_gan_training.ipynb #60edba42
+# %% ../../nbs/03b_gan_training.ipynb #6d6a71bb
 class Packs:
     "Batches of class-sorted packs from a split, addressed by step: every class equally often, its images at random."
-    def __init__(self, split: Split, labels: list, batch: int, pack: int, seed: int):
-        self.labels, self.batch, self.pack, self.seed, self.split = np.array(labels), batch, pack, seed, split
+    def __init__(self, split: Split, labels: list, batch: int, pack: int, seed: int, device='cpu'):
+        self.labels, self.batch, self.pack, self.seed, self.images = np.array(labels), batch, pack, seed, split.images.to(device)
         self.rows = {c: torch.nonzero(split.labels == c)[:, 0].numpy() for c in labels}
         empty = [split.classes[c] for c, r in self.rows.items() if not len(r)]
         if empty: raise SettingError(f'no training images of class {", ".join(empty)}')
@@ -96,7 +96,7 @@ class Packs:
         n, k = self.batch//self.pack, len(self.labels)
         y = np.sort(self.labels[(r.permutation(k)[np.arange(n) % k])]).repeat(self.pack)
         rows = np.array([self.rows[c][j] for c, j in zip(y, (r.random(len(y))*[len(self.rows[c]) for c in y]).astype(int))])
-        return self.split.images[rows], torch.from_numpy(y)
+        return self.images[torch.from_numpy(rows)], torch.from_numpy(y)
 
 # %% ../../nbs/03b_gan_training.ipynb #d17fabf1
 def d_loss(real, fake, kind: str): return F.softplus(fake - real).mean() if kind == 'relativistic' else F.softplus(-real).mean() + F.softplus(fake).mean()
@@ -196,7 +196,7 @@ def keep_best(s: GanState, step: int, stage: Stage, val: Split, classifier, trai
     stage.history.log(step, **seen)
     if seen['frechet'] < best: g.save(stage.dir)
 
-# %% ../../nbs/03b_gan_training.ipynb #8feaf386
+# %% ../../nbs/03b_gan_training.ipynb #2df1ce84
 def work_gan(cfg: GanConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     total = cfg.total(facts['n_train'])
@@ -215,7 +215,7 @@ def run_gan(stage: Stage) -> dict:
     cfg.check(dict(n_train=len(part)))
     s, total = GanState(cfg, train.images.shape[1:], len(train.classes), stage.machine), cfg.total(len(part))
     stage.tensorboard()
-    train_gan(s, Packs(part, labels, cfg.batch, cfg.pack, cfg.seed), total, stage, lambda s, step: keep_best(s, step, stage, val, classifier, labels, labels))
+    train_gan(s, Packs(part, labels, cfg.batch, cfg.pack, cfg.seed, stage.device), total, stage, lambda s, step: keep_best(s, step, stage, val, classifier, labels, labels))
     return finish_gan(s, stage, part, total, labels)
 
 def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list) -> dict:
