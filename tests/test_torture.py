@@ -1,6 +1,7 @@
 """Kill a run again and again, at moments spread over all stages, and run it again: nothing is lost, and every stage ends with the digests of a run
 that nobody disturbed. SYNTHLIT_TORTURE=N sets the number of kills (`make torture N=100`), ten to a run."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from synthlit.core import STAGES, is_artefact, load_json
 from synthlit.splits import openings
 
 KILLS = int(os.environ.get("SYNTHLIT_TORTURE", 10))
-WAYS = ["kernel", "runner", "rename", "both"]
+WAYS = ["kernel", "runner", "rename", "both", "frozen"]  # frozen: the runner alone, while its kernel is stopped and cannot notice
 LAST = ("result.json", "manifest.json")  # after these a kernel soon ends by itself
 
 
@@ -99,6 +100,15 @@ def gone(process, seconds: float = 5) -> bool:
     return True
 
 
+def thaw(kernel, runner: Runner, stage: str):
+    """The next run's kernel has to wait for the lock that the frozen one holds; then this one may go on, and notices."""
+    runner.wait(runner.kernel, "a second kernel starts")
+    time.sleep(8)  # by now it has imported everything and stands before the lock
+    assert runner.process.poll() is None, runner.text()
+    assert (runner.run / "locks" / f"{stage}.pid").read_text() == str(kernel.pid)
+    kernel.resume()
+
+
 def kill(runner: Runner, stage: str, way: str, file: str | None, delay: float):
     """One kill, from outside (the runner, the kernel, or both) or, between write and rename, from inside; checks what must hold at once."""
     if way != "rename":
@@ -107,13 +117,19 @@ def kill(runner: Runner, stage: str, way: str, file: str | None, delay: float):
             runner.wait((runner.run / stage / file).exists, f"{stage}/{file} is written")
         time.sleep(delay)
         kernel = runner.wait(runner.kernel, "a kernel runs")
-        if way in ("runner", "both"):
+        if way == "frozen":
+            kernel.suspend()
+        if way in ("runner", "both", "frozen"):
             runner.process.kill()
-        if way in ("kernel", "both"):
-            kernel.kill()
-        if way == "runner":  # left alone: it notices, while the next runner already starts
+        if way in ("runner", "frozen"):  # the kernel, left alone, notices, while the next runner already starts
             runner.process.wait()
             return kernel
+        with contextlib.suppress(psutil.NoSuchProcess):
+            kernel.kill()
+            while way == "kernel" and runner.process.poll() is None:  # one that was about to end anyway does not count: the next stage's is killed
+                time.sleep(0.05)
+                if again := runner.kernel():
+                    again.kill()
     code = runner.end()
     if way == "both":
         assert code == -signal.SIGKILL
@@ -132,15 +148,16 @@ def test_killed_runs_end_with_the_same_digests(tiny_run, tmp_path, seed):
     run, params = tmp_path / "run", tmp_path / "params.yaml"
     params.write_text(yaml.safe_dump(tiny_run.params))
     shutil.copytree(tiny_run.run, run, ignore=lambda folder, names: set(todo) & set(names) if Path(folder) == tiny_run.run else ())
-    start, orphan = time.time(), None
-    for moment in moments(tiny_run.run, seed):
-        stage, way, file, _ = moment
+    start, orphan, was, last = time.time(), None, "", ""
+    for moment in [*moments(tiny_run.run, seed), None]:  # at last nobody disturbs it
+        stage, way, file, _ = moment or ("", "", None, 0)
         runner = Runner(run, params, f"/{stage}/{file}" if way == "rename" else "")
-        if orphan:
-            assert gone(orphan), f"kernel {orphan.pid} outlived its runner by more than 5 s"
-        orphan = kill(runner, *moment)
-        print(f"{time.time() - start:5.0f} s  {stage:20} {way:8} {f'at {file}' if file else 'its kernel starts'}", flush=True)
-    runner = Runner(run, params)
+        if was == "frozen":
+            thaw(orphan, runner, last)
+        assert not orphan or gone(orphan), f"kernel {orphan.pid} outlived its runner by more than 5 s"
+        if moment:
+            orphan, was, last = kill(runner, *moment), way, stage
+            print(f"{time.time() - start:5.0f} s  {stage:20} {way:8} {f'at {file}' if file else 'its kernel starts'}", flush=True)
     assert runner.end() == 0, runner.text()
     names = sorted(p.parent.name for p in tiny_run.run.glob("*/manifest.json"))
     for name in names:
@@ -152,26 +169,3 @@ def test_killed_runs_end_with_the_same_digests(tiny_run, tmp_path, seed):
     cut = load_json(run / "splits" / "result.json")["cut"]
     assert len(openings(cut)) == len({o["key"] for o in openings(cut)})
     print(f"{time.time() - start:5.0f} s  {len(names)} stages with the digests of an undisturbed run")
-
-
-def test_a_rerun_waits_for_the_dying_kernel(tiny_run, tmp_path):
-    """The runner is killed while its kernel cannot notice (stopped): the next run's kernel waits for the stage's lock, then goes on."""
-    run, params = tmp_path / "run", tmp_path / "params.yaml"
-    run.mkdir()
-    shutil.copy(tiny_run.run / "run.json", run)
-    params.write_text(yaml.safe_dump({**tiny_run.params, "stages": {"splits": {}}}))
-    first = Runner(run, params)
-    first.wait((run / "splits" / "stage.json").exists, "splits begins")
-    kernel = first.kernel()
-    kernel.suspend()
-    first.process.kill()
-    first.process.wait()
-    second = Runner(run, params)
-    holder = run / "locks" / "splits.pid"
-    second.wait(second.kernel, "a second kernel starts")
-    time.sleep(8)  # it has imported everything by now and stands before the lock
-    assert second.process.poll() is None and holder.read_text() == str(kernel.pid) and not (run / "splits" / "manifest.json").exists()
-    kernel.resume()
-    assert gone(kernel), "a kernel outlived its runner by more than 5 s"
-    assert second.end() == 0, second.text()
-    assert load_json(run / "splits" / "manifest.json")["digest"] == load_json(tiny_run.run / "splits" / "manifest.json")["digest"]
