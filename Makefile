@@ -15,7 +15,7 @@ demo: .venv/.installed ## the whole chain on scikit-learn's digits; says where i
 lab: .venv/.installed-dev ## JupyterLab in nbs/
 	$(V)/jupyter lab --notebook-dir=nbs
 
-test: .venv/.installed-dev ## all checks, in the order below (CI runs this); WORKERS=2 notebooks at a time
+test: .venv/.installed-dev ## all checks, in the order below (CI runs this); WORKERS=2 notebooks or test files at a time
 	@s=$$(date +%s); for c in check-pip lint check-export check-clean check-readme check-docs check-nbs check-tests; do \
 	  echo "== $$c ($$(($$(date +%s) - s)) s so far)"; $(MAKE) --no-print-directory $$c || { echo "== $$c FAILED"; exit 1; }; done
 
@@ -73,7 +73,7 @@ check-nbs: .venv/.installed-dev # OMP_NUM_THREADS: two notebooks with all thread
 	OMP_NUM_THREADS=1 $(V)/nbdev_test --n_workers $(WORKERS) --timing
 
 check-tests: .venv/.installed-dev # last, so that a log ends with what was skipped and how many passed
-	OMP_NUM_THREADS=1 $(V)/python -m pytest -rs tests
+	OMP_NUM_THREADS=1 $(V)/python -m pytest -rs -n $(WORKERS) --dist loadfile tests
 
 .venv: .venv/.installed ## the environment of a user; .venv/.installed-dev: of a contributor
 

@@ -8,14 +8,14 @@ __all__ = ['CLASSIFIER_PRESETS', 'CPU', 'ClassifierConfig', 'conv', 'Residual', 
            'train_classifier', 'on_device', 'val_score', 'save_training', 'cas', 'confusion', 'work_classifier',
            'run_classifier']
 
-# %% ../nbs/02_classifier.ipynb #a6bdc810
+# %% ../nbs/02_classifier.ipynb #6ab93e0d
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import (Checkpoints, SettingError, Stage, global_rng, load_tensors, open_stage, preset_of, resolve, restore_optimizer, rng, save_tensors, show_grid)
+from .core import (Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, preset_of, resolve, restore_optimizer, rng, said, save_tensors, show_grid)
 from .splits import Split, load_split
 
 # %% ../nbs/02_classifier.ipynb #1ef69012
@@ -94,7 +94,7 @@ class Fixed:
     def __len__(self): return len(self.labels)
     def epoch(self, e: int): return self.images, self.labels
 
-# %% ../nbs/02_classifier.ipynb #8e14bb1c
+# %% ../nbs/02_classifier.ipynb #26185f1a
 class Classifier:
     "A trained network with what is needed to use it: class names, image shape, recipe."
     def __init__(self, net, classes: list, shape, recipe: ClassifierConfig, machine: dict):
@@ -129,6 +129,7 @@ def load_classifier(path, machine: dict = CPU) -> Classifier:
     "Read a classifier from its file, or from the folder that holds classifier.safetensors."
     path = Path(path)/'classifier.safetensors' if Path(path).is_dir() else Path(path)
     t, m = load_tensors(path)
+    if 'recipe' not in m: raise DamagedFile(f'{path} holds no classifier')
     recipe = resolve(ClassifierConfig, m['recipe'])
     net = new_net(recipe, m['shape'][0], len(m['classes']), machine)
     net.load_state_dict(t)
@@ -139,10 +140,10 @@ def new_net(recipe: ClassifierConfig, channels: int, classes: int, machine: dict
     with global_rng(recipe.seed, 'classifier.init'): net = SmallNet(channels, classes, recipe.width)
     return net.to(machine['device'], memory_format=torch.channels_last if machine['channels_last'] else torch.contiguous_format)
 
-# %% ../nbs/02_classifier.ipynb #d01b7dab
+# %% ../nbs/02_classifier.ipynb #94803261
 def one_cycle(step: int, steps: int, peak: float, rise: float = .25) -> float:
-    "Learning rate of a step: linear up to `peak` in the first `rise` of the steps, cosine down to 0 after (after Smith 2018, arXiv 1708.07120)."
-    t = (step + 1)/steps
+    "Learning rate of a step: linear up to `peak` in the first `rise` of the steps, cosine down to 0 after (after Smith and Topin 2017, arXiv 1708.07120)."
+    t = (step + .5)/steps
     return peak*t/rise if t < rise else peak*(1 + math.cos(math.pi*(t - rise)/(1 - rise)))/2
 
 def planned_steps(recipe: ClassifierConfig, n_real: int) -> int:

@@ -6,23 +6,23 @@
 __all__ = ['EVALUATE_PRESETS', 'EvaluateConfig', 'interval', 'sources_of', 'floor_set', 'accepted_set', 'trained_row', 'measures',
            'optimism', 'refuse_contamination', 'work_evaluate', 'run_evaluate', 'summary', 'print_table']
 
-# %% ../nbs/08a_evaluate.ipynb #6e3f463e
+# %% ../nbs/08a_evaluate.ipynb #e0eed7df
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
 from scipy import stats
-from .core import Checkpoints, SettingError, Stage, digest, load_json, load_table, open_stage, preset_of, read_manifest, resolve, save_table, show_grid
+from .core import Checkpoints, SettingError, Stage, digest, load_json, load_table, open_stage, preset_of, read_manifest, resolve, said, save_table, show_grid, take_lock
 from .metrics import fid, frechet_distance, prdc
 from .generator import fit_floor
-from .splits import Split, load_split, open_test, openings
+from .splits import Split, ledger_path, load_split, open_test, openings
 from .classifier import Fixed, load_classifier, planned_steps, train_classifier
 from .generate import addresses, load_set, per_class_of
 from .filter import images_at, load_accepted
 from .multigen import load_mixture
 from .gan.train import stage_splits
 
-# %% ../nbs/08a_evaluate.ipynb #58b1143c
+# %% ../nbs/08a_evaluate.ipynb #971c75a1
 @dataclass
 class EvaluateConfig:
     "Settings of the evaluation. The recipe is the real classifier's."
@@ -33,6 +33,11 @@ class EvaluateConfig:
     n_measure: Annotated[int, (10, None)] = 2000  # images per side for distances, precision, recall, density, coverage
     k: Annotated[int, (1, None)] = 5  # neighbours of precision, recall, density, coverage
     inception: str = ''  # path to pytorch-fid's Inception weights; with them FID is measured too
+    def check(self, facts: dict):
+        "Refuse seeds said twice, missing weights, and a ledger that cannot be written."
+        if len(set(self.seeds)) < len(self.seeds): raise SettingError(f'evaluate.seeds = {self.seeds}: a seed said twice is no second measurement')
+        if self.inception and not Path(self.inception).is_file(): raise SettingError(f'evaluate.inception = {self.inception!r}: no such file')
+        take_lock(ledger_path('0'*16).parent/'locks'/'check.lock').release()
 
 EVALUATE_PRESETS = dict(
     tiny=dict(seeds=[0, 1], floor_components=2, floor_dim=24, n_measure=300),
@@ -96,10 +101,11 @@ def measures(images: torch.Tensor, labels: torch.Tensor, val: Split, classifier,
     out = dict(frechet=frechet_distance(f_real, f_some), **prdc(f_real, f_some, min(cfg.k, len(some) - 1, len(real) - 1)), n_measure=len(some))
     return out | (dict(fid=fid(real, some, cfg.inception, classifier.machine['device'])) if cfg.inception else {})
 
-# %% ../nbs/08a_evaluate.ipynb #02ef25fd
+# %% ../nbs/08a_evaluate.ipynb #db149481
 def optimism(folder, test: Split, machine: dict) -> dict:
     "For the trials of a filter or multigen folder: test accuracy of the trial chosen by val, of the best by test, and the difference."
-    rows = load_table(Path(folder)/'ledger.parquet').to_pylist()
+    rows, least = load_table(Path(folder)/'ledger.parquet').to_pylist(), read_manifest(folder)['settings'].get('at_least', 1)
+    rows = [r for r in rows if r.get('generators', least) >= least]  # what could not be chosen on val is no choice on test either
     accs = {r['trial']: load_classifier(Path(folder)/'trials'/f'{r["trial"]}.safetensors', machine).accuracy(test) for r in rows}
     honest = accs[load_json(Path(folder)/'result.json')['chosen']]
     return dict(stage=Path(folder).name, trials=len(rows), honest=honest, published=max(accs.values()), optimism=max(accs.values()) - honest)
@@ -138,7 +144,7 @@ def run_evaluate(stage: Stage) -> dict:
     stage.finish(result)
     return result
 
-# %% ../nbs/08a_evaluate.ipynb #afd2c9af
+# %% ../nbs/08a_evaluate.ipynb #55813b62
 def summary(rows: list) -> list:
     "One line per source from the scores of its seeds: accuracy on test with its interval, paired gap to real with its interval, measures."
     real = {r['seed']: r['test'] for r in rows if r['kind'] == 'real'}
@@ -153,8 +159,8 @@ def summary(rows: list) -> list:
 def print_table(table: list):
     "The table as text: accuracies in per cent, gaps in points."
     ci = lambda lo, hi: f'[{100*lo:.1f}, {100*hi:.1f}]' if lo is not None else 'one seed'
-    print(f'{"trained on":34}{"seeds":>6}{"test %":>8} {"interval":>14}{"gap":>7} {"interval":>14}{"Fréchet*":>10}{"cover.":>8}')
+    print(f'{"trained on":34}{"images":>8}{"seeds":>6}{"test %":>8} {"interval":>14}{"gap":>7} {"interval":>14}{"Fréchet*":>10}{"cover.":>8}')
     for r in table:
         gap = ('', '') if r['kind'] == 'real' else (f'{100*r["gap"]:.2f}', ci(r['gap_low'], r['gap_high']))
-        print(f'{r["row"]:34}{r["seeds"]:6}{100*r["test"]:8.2f} {ci(r["low"], r["high"]):>14}{gap[0]:>7} {gap[1]:>14}{r["frechet"]:10.2f}{r["coverage"]:8.2f}')
+        print(f'{r["row"]:34}{r["n"]:8}{r["seeds"]:6}{100*r["test"]:8.2f} {ci(r["low"], r["high"]):>14}{gap[0]:>7} {gap[1]:>14}{r["frechet"]:10.2f}{r["coverage"]:8.2f}')
     print('* Fréchet distance and coverage to val in the real classifier\'s features, not FID')

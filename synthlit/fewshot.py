@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['FEWSHOT_PRESETS', 'MOVES', 'FewshotConfig', 'free', 'seat_novel', 'adapt', 'work_fewshot', 'run_fewshot']
 
-# %% ../nbs/04a_fewshot.ipynb #bc678d27
+# %% ../nbs/04a_fewshot.ipynb #d948dbbd
 import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 import torch
 from torch import nn
-from .core import SettingError, Stage, load_json, load_tensors, open_stage, preset_of, read_manifest, resolve, show_grid
+from .core import SettingError, Stage, load_json, load_tensors, open_stage, preset_of, read_manifest, resolve, said, show_grid
 from .generator import load_generator
 from .splits import load_split
 from .gan.train import GanConfig, GanState, Packs, as_generator, finish_gan, keep_best, stage_splits, train_gan
 
-# %% ../nbs/04a_fewshot.ipynb #1bc3d35c
+# %% ../nbs/04a_fewshot.ipynb #fe50aa42
 @dataclass
 class FewshotConfig:
     "Settings of few-shot fine-tuning; what is not here is as the base GAN was trained."
@@ -30,6 +30,9 @@ class FewshotConfig:
     eval_every: Annotated[int, (1, None)] = 100  # steps between evaluations on the novel part of val
     n_eval: Annotated[int, (2, None)] = 100  # samples per novel class at an evaluation
     seed: Annotated[int, (0, None)] = 0  # of noise and order
+    def check(self, facts: dict):
+        "Refuse what the base GAN cannot take."
+        if self.batch % facts.get('pack', 1): raise SettingError(f'fewshot.batch = {self.batch} must be a multiple of the GAN\'s pack = {facts["pack"]}')
 
 FEWSHOT_PRESETS = dict(
     tiny=dict(steps=200, eval_every=50, n_eval=30, lr_g=1e-2),
@@ -78,7 +81,7 @@ def adapt(
     if cfg.mode != 'all': s.G.eval(), s.D.eval()  # batch norms keep the base statistics
     return s
 
-# %% ../nbs/04a_fewshot.ipynb #a3c10876
+# %% ../nbs/04a_fewshot.ipynb #386555ab
 def work_fewshot(cfg: FewshotConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     return dict(gan=cfg.steps*cfg.batch, sample=cfg.steps//cfg.eval_every*cfg.n_eval*3, disk=3e7)
@@ -91,7 +94,7 @@ def run_fewshot(stage: Stage) -> dict:
     if set(trained) & set(fs['novel']): raise SettingError(f'{source.name} was trained on the novel classes {fs["novel"]} already: pre-train with gan.classes = base')
     supports = train.take(fs['supports'])
     s = adapt(source, cfg, train.images.shape[1:], len(train.classes), fs['novel'], stage.machine)
-    if s.cfg.batch % s.cfg.pack: raise SettingError(f'fewshot.batch = {cfg.batch} must be a multiple of the GAN\'s pack = {s.cfg.pack}')
+    cfg.check(dict(pack=s.cfg.pack))
     every = sorted(trained + fs['novel'])
     if not stage.history.rows: keep_best(s, 0, stage, val, classifier, every, fs['novel'])  # before the first step: what fine-tuning must beat
     stage.tensorboard()

@@ -17,7 +17,7 @@ from .generate import per_class_of
 from .filter import Trials, images_at, load_accepted, proxy_steps
 from .gan.train import stage_splits
 
-# %% ../nbs/07_multigen.ipynb #c65bd616
+# %% ../nbs/07_multigen.ipynb #ef1fa789
 @dataclass
 class MultigenConfig:
     "Settings of the mixture."
@@ -25,6 +25,10 @@ class MultigenConfig:
     at_least: Annotated[int, (1, None)] = 2  # generators in the chosen mixture
     per_class: Annotated[int | None, (1, None)] = None  # images per class; None = as many as the real training split has on average
     proxy: Annotated[float, (0.001, 1)] = 0.25  # steps of a trial's classifier, as a share of the full recipe
+    def check(self, facts: dict):
+        "Refuse what the filtered sets cannot give."
+        if self.at_least > facts.get('sets', self.at_least): raise SettingError(f'multigen.at_least = {self.at_least}, but only {facts["sets"]} filtered set(s) reach it')
+        if (self.per_class or 0) > facts.get('accepted', self.per_class or 0): raise SettingError(f'multigen.per_class = {self.per_class}: a filtered set holds only {facts["accepted"]} images per class')
 
 MULTIGEN_PRESETS = dict(tiny=dict(per_class=40), digits=dict(), fashion_mnist=dict(), mnist=dict(), cifar10=dict(), smoke=dict(per_class=4))
 

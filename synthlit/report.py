@@ -12,14 +12,14 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'SECTIONS', 'Re
            'openings_part', 'leak_part', 'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part',
            'page', 'make_report', 'compare_runs', 'work_report', 'run_report']
 
-# %% ../nbs/08c_report.ipynb #ee27a8f7
+# %% ../nbs/08c_report.ipynb #d09d502c
 import base64, functools, html, io, json, re, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
-from .core import STAGES, DamagedFile, History, Stage, atomic, load_json, load_table, open_stage, preset_of, resolve
+from .core import said, STAGES, DamagedFile, History, Stage, atomic, load_json, load_table, open_stage, preset_of, resolve
 from .generator import load_generator
 from .splits import load_split, openings
 from .filter import images_at, load_accepted

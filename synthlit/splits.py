@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS_PRESETS', 'TEN', 'FASHION', 'CIFAR10', 'SETS', 'SplitsConfig', 'DataError', 'DataSpec', 'search_path', 'fetch',
-           'read_idx', 'load_idx_set', 'load_digits_set', 'load_cifar_bin', 'decode', 'load_parquet_set', 'load_data',
-           'stand_in', 'stratified', 'Split', 'cut_data', 'fewshot_split', 'save_split', 'load_split', 'read_part',
-           'ledger_path', 'openings', 'open_test', 'data_facts', 'work_splits', 'run_splits']
+           'read_idx', 'load_idx_set', 'load_digits_set', 'load_cifar_bin', 'cifar_batch', 'decode', 'load_parquet_set',
+           'load_data', 'stand_in', 'stratified', 'Split', 'some_of', 'cut_data', 'fewshot_split', 'save_split',
+           'load_split', 'read_part', 'ledger_path', 'openings', 'open_test', 'data_facts', 'work_splits', 'run_splits']
 
-# %% ../nbs/01_splits.ipynb #8f2a1628
+# %% ../nbs/01_splits.ipynb #8fbacb77
 import gzip, json, os, struct, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
-from .core import DamagedFile, SettingError, Stage, digest, load_json, load_table, load_tensors, nearest, open_stage, resolve, preset_of, rng, save_json, save_tensors, show_grid, take_lock
+from .core import DamagedFile, SettingError, Stage, digest, load_json, load_table, load_tensors, nearest, open_stage, resolve, preset_of, rng, said, save_json, save_tensors, show_grid, take_lock
 
 # %% ../nbs/01_splits.ipynb #1be7f85f
 @dataclass
@@ -95,11 +95,14 @@ def read_idx(path: Path) -> np.ndarray:
         return np.frombuffer(raw, np.uint8, offset=4 + 4*raw[3]).reshape(dims)
     except (EOFError, ValueError, IndexError, struct.error, OSError, zlib.error) as e: raise DataError(f'{path} is damaged or truncated ({e}): delete it and load it again') from e
 
-# %% ../nbs/01_splits.ipynb #066d9fcb
+# %% ../nbs/01_splits.ipynb #cbb219c2
 def load_idx_set(name: str, root: str, download: bool) -> dict:
     "MNIST or Fashion-MNIST from its four IDX files."
     files = [f'{p}-{k}' for p in ('train', 't10k') for k in ('images-idx3-ubyte', 'labels-idx1-ubyte')]
-    a = [read_idx(p) for p in fetch(name, files, root, download)]
+    paths = fetch(name, files, root, download)
+    a = [read_idx(p) for p in paths]
+    for i in (0, 2):
+        if len(a[i]) != len(a[i + 1]): raise DataError(f'{paths[i]} holds {len(a[i])} images and {paths[i + 1]} {len(a[i + 1])} labels: one of them is truncated')
     return dict(train=(a[0][:, None], a[1]), test=(a[2][:, None], a[3]))
 
 def load_digits_set() -> dict:
@@ -120,11 +123,15 @@ def load_cifar_bin(root: str, download: bool) -> dict:
             download_and_extract_archive(SETS['cifar10'].url, cache, md5='c32a1d4ab5d03f1284b67883e8d87530')
         except Exception as e: raise DataError(f'cifar10: neither Parquet shards nor {sub} found in {", ".join(map(str, search_path("cifar10", root)[::3]))}, and not downloaded ({e}). Set SYNTHLIT_DATA to the folder that holds cifar10/') from e
         hit = cache/sub
-    rec = lambda *fs: np.concatenate([np.fromfile(hit/f, np.uint8).reshape(-1, 3073) for f in fs])
-    tr, te = rec(*[f'data_batch_{i}.bin' for i in range(1, 6)]), rec('test_batch.bin')
+    tr, te = np.concatenate([cifar_batch(hit/f'data_batch_{i}.bin') for i in range(1, 6)]), cifar_batch(hit/'test_batch.bin')
     return dict(train=(tr[:, 1:].reshape(-1, 3, 32, 32), tr[:, 0]), test=(te[:, 1:].reshape(-1, 3, 32, 32), te[:, 0]))
 
-# %% ../nbs/01_splits.ipynb #5463e87e
+# %% ../nbs/01_splits.ipynb #3419810a
+def cifar_batch(path: Path) -> np.ndarray:
+    "10,000 records of 3,073 bytes; `DataError` when the file is missing or has another size."
+    if not path.exists() or path.stat().st_size != 10000*3073: raise DataError(f'{path} is missing or truncated (30,730,000 bytes expected): delete its folder and load it again')
+    return np.fromfile(path, np.uint8).reshape(-1, 3073)
+
 def decode(cell) -> np.ndarray:
     "C×H×W uint8 array of an encoded image (bytes, or a dict with `bytes`)."
     import io
@@ -143,7 +150,9 @@ def load_parquet_set(folder: Path) -> dict:
             label = next((c for c in ('label', 'fine_label') if c in t.column_names), None)
             image = next((c for c in ('image', 'img') if c in t.column_names), None)
             if not (label and image): raise DataError(f'{p} has columns {t.column_names}; expected image and label')
-            cells += [decode(c) for c in t[image].to_pylist()]; labels += t[label].to_pylist()
+            try: cells += [decode(c) for c in t[image].to_pylist()]
+            except Exception as e: raise DataError(f'{p}, image {len(cells)}: cannot be read ({e})') from e
+            labels += t[label].to_pylist()
         if len({c.shape for c in cells}) > 1: raise DataError(f'{folder}: images of several sizes {sorted({c.shape for c in cells})[:3]}; resize them to one first')
         if cells: out[part] = (np.stack(cells), np.array(labels))
     if 'train' not in out: raise DataError(f'{folder} holds no train*.parquet')
@@ -152,7 +161,7 @@ def load_parquet_set(folder: Path) -> dict:
 def load_data(cfg: SplitsConfig) -> dict:
     "train and perhaps test arrays of a data set by name or folder, with its class names."
     if cfg.smoke: return stand_in(cfg)
-    shards = [p for p in ([Path(cfg.dataset).expanduser()] if cfg.dataset not in SETS else search_path(cfg.dataset, cfg.root)) if list(p.glob('train*.parquet'))]
+    shards = [p for p in ([Path(cfg.dataset).expanduser()] if cfg.dataset not in SETS else [p for p in search_path(cfg.dataset, cfg.root) if p.name == cfg.dataset]) if list(p.glob('train*.parquet'))]
     if cfg.dataset not in SETS and not shards: raise SettingError(f'unknown data set {cfg.dataset!r}; {nearest(cfg.dataset, SETS)} (or a folder with train*.parquet)')
     data = load_parquet_set(shards[0]) if shards else load_digits_set() if cfg.dataset == 'digits' else load_cifar_bin(cfg.root, cfg.download) if cfg.dataset == 'cifar10' else load_idx_set(cfg.dataset, cfg.root, cfg.download)
     data['classes'] = list(SETS[cfg.dataset].classes) if cfg.dataset in SETS else [str(c) for c in range(int(data['train'][1].max()) + 1)]
@@ -165,7 +174,7 @@ def stand_in(cfg: SplitsConfig) -> dict:
     x = rng(cfg.seed, 'smoke').integers(0, 128, (len(y), *spec.shape)) + (y*12)[:, None, None, None]
     return dict(train=(x.astype(np.uint8), y), classes=list(spec.classes))
 
-# %% ../nbs/01_splits.ipynb #ecac1bf6
+# %% ../nbs/01_splits.ipynb #bc538538
 def stratified(
     labels: np.ndarray,  # of all images
     n: int,  # how many to take out
@@ -177,12 +186,13 @@ def stratified(
     want = n*counts/len(labels)
     take = np.floor(want).astype(int)
     take[np.argsort(take - want, kind='stable')[:n - take.sum()]] += 1
-    if (take >= counts)[counts > 0].any(): raise SettingError(f'{n} images cannot be held out of {len(labels)}: class {int(np.argmax(take >= counts))} has only {counts[np.argmax(take >= counts)]}')
+    short = np.flatnonzero((take >= counts) & (counts > 0))
+    if len(short): raise SettingError(f'{n} images cannot be held out of {len(labels)}: class {short[0]} has only {counts[short[0]]}')
     out = [np.flatnonzero(labels == c)[rng(seed, stream, c).permutation(counts[c])[:take[c]]] for c in range(len(counts))]
     out = np.sort(np.concatenate(out))
     return out, np.setdiff1d(np.arange(len(labels)), out)
 
-# %% ../nbs/01_splits.ipynb #eceeb022
+# %% ../nbs/01_splits.ipynb #1efd77ad
 @dataclass
 class Split:
     "One part of a cut data set: uint8 images N×C×H×W, int64 labels, class names, and digests that say what it is."
@@ -202,6 +212,10 @@ class Split:
         x, y = self.images[index], self.labels[index]
         return Split(self.name, x, y, self.classes, digest(x, y), self.cut)
 
+def some_of(rows: np.ndarray, n: int, seed: int, c: int) -> np.ndarray:
+    "n of a class's rows, at random by address; smaller choices are part of larger ones."
+    return rows[rng(seed, 'splits.per_class', c).permutation(len(rows))[:n]]
+
 def cut_data(data: dict, cfg: SplitsConfig) -> dict:
     "train, val and test Splits of loaded data."
     x, y = data['train']
@@ -210,7 +224,7 @@ def cut_data(data: dict, cfg: SplitsConfig) -> dict:
         held, rest = stratified(y, round(cfg.test*len(y)), cfg.seed, 'splits.test')
         xt, yt, x, y = x[held], y[held], x[rest], y[rest]
     held, rest = stratified(y, len(yt) if cfg.val is None else round(cfg.val*len(y)), cfg.seed, 'splits.val')
-    if cfg.per_class: rest = np.sort(np.concatenate([rest[y[rest] == c][:cfg.per_class] for c in np.unique(y)]))
+    if cfg.per_class: rest = np.sort(np.concatenate([some_of(rest[y[rest] == c], cfg.per_class, cfg.seed, int(c)) for c in np.unique(y)]))
     raw = dict(train=(x[rest], y[rest]), val=(x[held], y[held]), test=(xt, yt))
     t = {k: (torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(b.astype(np.int64))) for k, (a, b) in raw.items()}
     ds = {k: digest(*v) for k, v in t.items()}
@@ -272,7 +286,7 @@ def open_test(
     finally: lock.release()
     return read_part(folder, 'test')
 
-# %% ../nbs/01_splits.ipynb #de627495
+# %% ../nbs/01_splits.ipynb #d6ad5a3f
 def data_facts(cfg: SplitsConfig) -> dict:
     "Sizes of the parts that a splits stage will make, without loading images: n_train, n_val, n_test, smallest class, classes, shape."
     spec = SETS.get(cfg.dataset)
@@ -283,7 +297,7 @@ def data_facts(cfg: SplitsConfig) -> dict:
     if not nt: nt = round(cfg.test*n); n -= nt
     nv = nt if cfg.val is None else round(cfg.val*n)
     smallest = min(cfg.per_class or n, (n - nv)//classes)
-    return dict(n_train=min(n - nv, smallest*classes if cfg.per_class else n), n_val=nv, n_test=nt, smallest=smallest, classes=classes, shape=tuple(shape))
+    return dict(n_train=min(n - nv, smallest*classes if cfg.per_class else n), n_val=nv, n_test=nt, smallest=smallest, classes=classes, shape=tuple(shape), novel=cfg.novel)
 
 # %% ../nbs/01_splits.ipynb #fb8a204a
 def work_splits(cfg: SplitsConfig, facts: dict) -> dict:

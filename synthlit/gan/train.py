@@ -6,21 +6,21 @@
 __all__ = ['GAN_PRESETS', 'GanConfig', 'GanGenerator', 'Packs', 'd_loss', 'g_loss', 'r1_penalty', 'GanState', 'gan_step', 'watch',
            'as_generator', 'train_gan', 'keep_best', 'work_gan', 'stage_splits', 'run_gan', 'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #17057938
+# %% ../../nbs/03b_gan_training.ipynb #e61e4755
 import copy, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from ..core import SettingError, Stage, load_json, open_stage, preset_of, randn, resolve, restore_optimizer, rng, save_tensors, show_grid
+from ..core import SettingError, Stage, load_json, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said, save_tensors, show_grid
 from ..metrics import frechet_distance
 from ..generator import Generator, latents, load_generator, run_blocks
 from ..splits import Split, load_split
 from ..classifier import augment, load_classifier, to_device
 from .models import DCGenerator, build_gan
 
-# %% ../../nbs/03b_gan_training.ipynb #c260e6c6
+# %% ../../nbs/03b_gan_training.ipynb #52aef53d
 @dataclass
 class GanConfig:
     "Everything that may be set about a GAN and its training."
@@ -47,11 +47,18 @@ class GanConfig:
     n_eval: Annotated[int, (2, None)] = 100  # samples per class at an evaluation
     seed: Annotated[int, (0, None)] = 0  # of weights, noise and order
     @property
-    def extendable(self): return () if self.decay else ('steps', 'epochs')
+    def log_every(self): return min(50, self.eval_every)  # steps between logged losses
+    def continues(self, old: dict) -> tuple:
+        "More steps go on where fewer ended, if the rate is constant and the old end was a regular evaluation."
+        same = not (self.decay or self.epochs or old['epochs']) and self.steps >= old['steps']
+        return ('steps',) if same and old['steps'] % self.eval_every == 0 and old['steps'] % self.log_every == 0 else ()
     def check(self, facts: dict):
         "Refuse what the data cannot give."
         if self.batch > facts['n_train']: raise SettingError(f'gan.batch = {self.batch}: the training split has only {facts["n_train"]} images')
+        n = facts['n_train']*(facts['classes'] - facts['novel'])//facts['classes'] if self.classes == 'base' and 'novel' in facts else facts['n_train']
+        if self.batch > n: raise SettingError(f'gan.batch = {self.batch}: the base classes have only about {n} training images')
         if self.batch % self.pack: raise SettingError(f'gan.batch = {self.batch} must be a multiple of gan.pack = {self.pack}')
+        if self.r1 and self.norm: raise SettingError('gan.r1 needs gan.norm = false: with batch norm a score depends on the other packs, and so would its gradient')
     def total(self, n_train: int) -> int: return self.epochs*max(1, n_train//self.batch) if self.epochs else self.steps
 
 GAN_PRESETS = dict(
@@ -60,10 +67,10 @@ GAN_PRESETS = dict(
     fashion_mnist=dict(steps=12000, eval_every=2000, flip=True),
     mnist=dict(steps=12000, eval_every=2000),
     cifar10=dict(width_g=96, width_d=96, z=128, batch=256, lr_g=2e-4, lr_d=2e-4, steps=100000, eval_every=2500, n_eval=500, ema=.9998, flip=True),
-    smoke=dict(width_g=4, width_d=4, z=8, steps=2, batch=4, pack=2, eval_every=2, n_eval=2),
+    smoke=dict(width_g=4, width_d=4, z=8, steps=2, epochs=None, batch=4, pack=2, eval_every=2, n_eval=2),
 )
 
-# %% ../../nbs/03b_gan_training.ipynb #a24205a6
+# %% ../../nbs/03b_gan_training.ipynb #5d89368d
 class GanGenerator(Generator):
     "A trained conditional GAN. Dial `std`: scale of the latent (above 1: more variety, GaFi's expansion trick)."
     family, dials = 'synthlit.gan.train:GanGenerator', dict(std=1.)
@@ -72,6 +79,7 @@ class GanGenerator(Generator):
     def state(self) -> tuple: return self.net.state_dict(), dict(width=self.width, z=self.net.z)
     @classmethod
     def from_state(cls, tensors, meta, device='cpu'):
+        "The generator from its file's tensors and description."
         net = DCGenerator(meta['shape'][0], meta['shape'][1], len(meta['classes']), meta['width'], meta['z'])
         net.load_state_dict(tensors)
         return cls(net, meta['classes'], meta['shape'], meta['trained'], meta['width'], device)
@@ -82,7 +90,7 @@ class GanGenerator(Generator):
         draw = lambda z, y: self.net(z.to(self.device), y.to(self.device)).float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
         return run_blocks(draw, latents(labels, index, self.net.z, seed)*std, labels)
 
-# %% ../../nbs/03b_gan_training.ipynb #6d6a71bb
+# %% ../../nbs/03b_gan_training.ipynb #f4a9f35a
 class Packs:
     "Batches of class-sorted packs from a split, addressed by step: every class equally often, its images at random."
     def __init__(self, split: Split, labels: list, batch: int, pack: int, seed: int, device='cpu'):
@@ -95,13 +103,19 @@ class Packs:
         r = rng(self.seed, 'gan.batch', step)
         n, k = self.batch//self.pack, len(self.labels)
         y = np.sort(self.labels[(r.permutation(k)[np.arange(n) % k])]).repeat(self.pack)
-        rows = np.array([self.rows[c][j] for c, j in zip(y, (r.random(len(y))*[len(self.rows[c]) for c in y]).astype(int))])
+        first, size = r.random(n), np.array([len(self.rows[c]) for c in y[::self.pack]])
+        hop = np.cumsum(1 + (r.random((n, self.pack))*np.maximum(1, size//self.pack)[:, None]).astype(int), 1)  # hops of 1..size/pack: never back to the same image
+        rows = np.array([self.rows[c][(int(f*k) + h) % k] for c, f, k, hs in zip(y[::self.pack], first, size, hop) for h in hs])
         return self.images[torch.from_numpy(rows)], torch.from_numpy(y)
 
-# %% ../../nbs/03b_gan_training.ipynb #d17fabf1
-def d_loss(real, fake, kind: str): return F.softplus(fake - real).mean() if kind == 'relativistic' else F.softplus(-real).mean() + F.softplus(fake).mean()
+# %% ../../nbs/03b_gan_training.ipynb #a07a4740
+def d_loss(real, fake, kind: str):
+    "Discriminator's loss from the scores of real and fake packs."
+    return F.softplus(fake - real).mean() if kind == 'relativistic' else F.softplus(-real).mean() + F.softplus(fake).mean()
 
-def g_loss(real, fake, kind: str): return F.softplus(real - fake).mean() if kind == 'relativistic' else F.softplus(-fake).mean()
+def g_loss(real, fake, kind: str):
+    "Generator's loss from the scores of real and fake packs (the real ones only in the relativistic pair)."
+    return F.softplus(real - fake).mean() if kind == 'relativistic' else F.softplus(-fake).mean()
 
 def r1_penalty(D, x, y) -> torch.Tensor:
     "½ E‖∇ D(x)‖² over packs of real images (Eq. 9 of 1801.04406, without its weight)."
@@ -155,7 +169,7 @@ def gan_step(s: GanState, images: torch.Tensor, y: torch.Tensor, step: int, tota
     s.average(step)
     return loss_d.detach(), loss_g.detach()
 
-# %% ../../nbs/03b_gan_training.ipynb #06ca3742
+# %% ../../nbs/03b_gan_training.ipynb #22a4bc33
 def watch(g: Generator, val: Split, classifier, n: int, labels: list, seed: int = 0) -> dict:
     "Fréchet distance to val in classifier features, and the share of samples that the classifier takes for their label; n samples of each of `labels`."
     y = torch.as_tensor(labels).repeat_interleave(n)
@@ -181,7 +195,7 @@ def train_gan(
     for step in stage.track(range(start, total), total, start, stage.dir.name):
         images, y = batches(step)
         losses = gan_step(s, images, y, step, total)
-        if (step + 1) % 50 == 0 or step + 1 == total:
+        if (step + 1) % s.cfg.log_every == 0 or step + 1 == total:
             ok = all(torch.isfinite(l) for l in losses)
             if not ok: raise FloatingPointError(f'{stage.dir.name}: the loss is not a number at step {step + 1}; the checkpoint of step {start if not stage.checkpoints.paths() else stage.checkpoints.paths()[-1].stem[5:]} is kept. Try a smaller lr_g and lr_d')
             stage.history.log(step + 1, loss_d=losses[0], loss_g=losses[1])
