@@ -254,9 +254,9 @@ def test_one_cycle_rises_and_falls(steps):
     top = int(np.argmax(lr))
     assert lr[: top + 1] == sorted(lr[: top + 1]) and lr[top:] == sorted(lr[top:], reverse=True)
     if steps % 4 == 0:
-        assert top == steps // 4 - 1 and lr[top] == pytest.approx(0.2)
+        assert top == steps // 4 and lr[top] == pytest.approx(0.2 * (1 + math.cos(math.pi * (0.5 / steps) / 0.75)) / 2)
     if steps == 100:
-        assert lr[0] == pytest.approx(0.2 / 25) and lr[61] == pytest.approx(0.2 * (1 + math.cos(math.pi * (0.62 - 0.25) / 0.75)) / 2)
+        assert lr[0] == pytest.approx(0.2 / 50) and lr[61] == pytest.approx(0.2 * (1 + math.cos(math.pi * (0.615 - 0.25) / 0.75)) / 2)
 
 
 def test_addresses_do_not_overlap():
