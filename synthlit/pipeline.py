@@ -309,7 +309,7 @@ def parameters_of(node: Node, run: Path, preset: str) -> dict:
 class StageFailed(RuntimeError):
     "A stage did not end well; the message names stage, cell and error."
 
-# %% ../nbs/09_pipeline.ipynb #8955cee9
+# %% ../nbs/09_pipeline.ipynb #a832d222
 def execute(nb, out: Path, parameters: dict, label: str):
     "Run a notebook through papermill in the running interpreter's environment; the output is kept in every case."
     import nbformat, papermill
@@ -323,7 +323,9 @@ def execute(nb, out: Path, parameters: dict, label: str):
         register_engine(died)
         papermill.execute_notebook(derived, out, parameters, engine_name='synthlit', kernel_name='python3', progress_bar=False, cwd=str(out.parent), autosave_cell_every=5)
     except PapermillExecutionError as e: raise StageFailed(f'{label}, cell {e.exec_count}: {e.ename}: {e.evalue}\n  the notebook with the red cell: {out}') from e
-    except DeadKernelError as e: raise StageFailed(f'{label}: its kernel died{died.get("how", "")}. If nobody stopped it, it was probably out of memory: use a smaller batch. Run the same command again to go on from the last checkpoint') from e
+    except RuntimeError as e:
+        if not isinstance(e, DeadKernelError) and 'Kernel died' not in str(e): raise
+        raise StageFailed(f'{label}: its kernel died{died.get("how", "")}. If nobody stopped it, it was probably out of memory: use a smaller batch. Run the same command again to go on from the last checkpoint') from e
     finally: derived.unlink(missing_ok=True)
 
 def register_engine(died: dict):
@@ -332,13 +334,17 @@ def register_engine(died: dict):
     from papermill.engines import NBClientEngine, papermill_engines
     from nbclient.exceptions import DeadKernelError
     class Client(PapermillNotebookClient):
+        def process(self): return getattr(getattr(self.km, 'provisioner', None), 'process', None)
+        def note(self, process):
+            code = process.poll() if process else None
+            if code: died['how'] = f' by signal {signal.Signals(-code).name}' if code < 0 else f' with code {code}'
         async def _async_check_alive(self):
-            process = getattr(getattr(self.km, 'provisioner', None), 'process', None)
+            process = self.process()
             try: await super()._async_check_alive()
-            except DeadKernelError:
-                code = process.returncode if process else None
-                died['how'] = f' by signal {signal.Signals(-code).name}' if code and code < 0 else f' with code {code}' if code else ''
-                raise
+            except DeadKernelError: self.note(process); raise
+        async def _async_cleanup_kernel(self):  # the way out of a kernel that dies while it starts
+            self.note(self.process())
+            await super()._async_cleanup_kernel()
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kw): return Client(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=120, extra_arguments=['--log-level=50']).execute()
