@@ -350,13 +350,14 @@ def stage_parts(stage: str) -> tuple:
     m = importlib.import_module(f'synthlit.{STAGES[stage].module}')
     return getattr(m, f'{stage.capitalize()}Config'), getattr(m, f'{stage.upper()}_PRESETS'), getattr(m, f'run_{stage}')
 
-# %% ../nbs/00a_core.ipynb #73feec43
+# %% ../nbs/00a_core.ipynb #87983646
 PACKAGE = Path(importlib.util.find_spec('synthlit').origin).parent  # the exported package, also when this runs in a notebook
 
 def notebooks_dir() -> Path:
     "`nbs/`: beside the package in a checkout, inside it in a wheel."
     return PACKAGE/'nbs' if (PACKAGE/'nbs').is_dir() else PACKAGE.parent/'nbs'
 
+@functools.lru_cache(None)
 def bare_tree(source: str) -> str:
     "Syntax tree of the source as text, without docstrings, comments and layout."
     tree = ast.parse(source)

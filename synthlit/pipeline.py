@@ -413,7 +413,7 @@ def wanted(nodes: list, first=None, last=None, only=None) -> list:
     lo, hi = (at(first)[0] if first else 0), (at(last)[-1] if last else len(nodes) - 1)
     return [n for i, n in enumerate(nodes) if lo <= i <= hi and (not only or i in at(only))]
 
-# %% ../nbs/09_pipeline.ipynb #119c5533
+# %% ../nbs/09_pipeline.ipynb #f0a7057d
 def run_chain(
     params: dict,  # from `read_params`
     out=None,  # run folder; None = runs/<name>
@@ -429,7 +429,8 @@ def run_chain(
         with atomic(run/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(resolved(params, nodes, machine), sort_keys=False))
         todo, t, worked = wanted(nodes, first, last, only), time.time(), 0
         log = open_log(run)
-        for s in {n.stage for n in todo}: refuse_stale(s), derive(s)
+        if any(state_of(n, run, machine) != 'done' for n in todo):
+            for s in {n.stage for n in todo}: refuse_stale(s), derive(s)
         for i, n in enumerate(todo, 1):
             if (state := state_of(n, run, machine)) == 'done': keep_notebook(n, run); continue
             if state == 'changed': log(f'{n.name} changed ({"; ".join(changes(load_json(run/n.name/"stage.json"), node_identity(n, run, machine))[:3])}): done anew, the old one is kept beside it')
