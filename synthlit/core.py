@@ -7,10 +7,10 @@ __all__ = ['STAGES', 'PACKAGE', 'HOME', 'rng', 'randn', 'global_rng', 'SettingEr
            'resolve', 'said', 'preset_of', 'field_help', 'fsync', 'atomic', 'DamagedFile', 'digest', 'file_digest',
            'save_json', 'load_json', 'save_tensors', 'load_tensors', 'save_table', 'load_table', 'pack', 'unpack',
            'restore_optimizer', 'Checkpoints', 'pick_device', 'time_step', 'probe', 'use_machine', 'History',
-           'TensorBoard', 'StageSpec', 'stage_parts', 'notebooks_dir', 'bare_tree', 'module_files', 'run_cells',
-           'code_digest', 'InUse', 'take_lock', 'move_aside', 'changes', 'read_manifest', 'name_in', 'stage_identity',
-           'continues', 'find_inputs', 'check_same_splits', 'Stage', 'is_artefact', 'run_machine', 'enter_folder',
-           'temporary_run', 'own_home', 'open_stage', 'small_stage', 'small_inputs', 'show_grid']
+           'TensorBoard', 'StageSpec', 'stage_parts', 'notebooks_dir', 'bare_tree', 'relative_imports', 'module_files',
+           'run_cells', 'code_digest', 'InUse', 'take_lock', 'move_aside', 'changes', 'read_manifest', 'name_in',
+           'stage_identity', 'continues', 'find_inputs', 'check_same_splits', 'Stage', 'is_artefact', 'run_machine',
+           'enter_folder', 'temporary_run', 'own_home', 'open_stage', 'small_stage', 'small_inputs', 'show_grid']
 
 # %% ../nbs/00a_core.ipynb #49e890c9
 import ast, atexit, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib, importlib.util, inspect, json, math, os, platform, random, re, shutil, sys, tempfile
@@ -350,7 +350,7 @@ def stage_parts(stage: str) -> tuple:
     m = importlib.import_module(f'synthlit.{STAGES[stage].module}')
     return getattr(m, f'{stage.capitalize()}Config'), getattr(m, f'{stage.upper()}_PRESETS'), getattr(m, f'run_{stage}')
 
-# %% ../nbs/00a_core.ipynb #87983646
+# %% ../nbs/00a_core.ipynb #bfdf321f
 PACKAGE = Path(importlib.util.find_spec('synthlit').origin).parent  # the exported package, also when this runs in a notebook
 
 def notebooks_dir() -> Path:
@@ -366,15 +366,19 @@ def bare_tree(source: str) -> str:
             n.body = n.body[1:]
     return ast.dump(tree)
 
+@functools.lru_cache(None)
+def relative_imports(source: str) -> list:
+    "(level, module, names) of each relative import."
+    return [(n.level, n.module or '', [a.name for a in n.names]) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.level]
+
 def module_files(path: Path, found=None) -> dict:
     "The module's file and those of all synthlit modules it imports, transitively: {path: source}."
     found = {} if found is None else found
     if path in found or not path.is_file(): return found
     found[path] = path.read_text()
-    for n in ast.walk(ast.parse(found[path])):
-        if isinstance(n, ast.ImportFrom) and n.level:
-            base = path.parents[n.level - 1].joinpath(*(n.module or '').split('.'))
-            for p in [base.with_suffix('.py'), *[(base/a.name).with_suffix('.py') for a in n.names]]: module_files(p, found)
+    for level, module, names in relative_imports(found[path]):
+        base = path.parents[level - 1].joinpath(*module.split('.'))
+        for p in [base.with_suffix('.py'), *[(base/a).with_suffix('.py') for a in names]]: module_files(p, found)
     return found
 
 # %% ../nbs/00a_core.ipynb #eb5830b7

@@ -97,7 +97,7 @@ class GaussianFloor(Generator):
         u = t['mean'][labels, j] + std*torch.einsum('nij,nj->ni', t['factor'][labels, j], z[:, 1:])
         return run_blocks(lambda u: (u @ t['basis'] + t['centre']).round().clamp(0, 255).byte(), u).view(-1, *self.shape)
 
-# %% ../nbs/00c_generator.ipynb #95bbc468
+# %% ../nbs/00c_generator.ipynb #30f801a4
 def fit_class(u: np.ndarray, components: int, seed: int):
     "Gaussian mixture of one class's PCA coordinates: (weights, means, lower factors of the covariances)."
     from sklearn.mixture import GaussianMixture
@@ -120,7 +120,7 @@ def fit_floor(
     x, y = images.flatten(1).numpy(), labels.numpy()
     some = rng(seed, 'floor.pca').permutation(len(x))[:limit]
     dim = min(dim, x.shape[1], len(some) - 1)
-    pca = PCA(dim, svd_solver='covariance_eigh').fit(x[some].astype(np.float64))
+    pca = PCA(dim, svd_solver='covariance_eigh' if len(some) > x.shape[1] else 'full').fit(x[some].astype(np.float64))
     parts = [fit_class(pca.transform(x[y == c].astype(np.float64)), components, seed) for c in range(len(classes))]
     w, m, f = [torch.from_numpy(np.stack(p)).float() for p in zip(*parts)]
     cdf = w.cumsum(1)

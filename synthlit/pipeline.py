@@ -13,8 +13,8 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'Loader', 'expand', 'read_yaml', 'c
            'cmd_report', 'generators_at', 'cmd_sample', 'product', 'cmd_predict', 'cmd_export', 'cmd_clean', 'parser',
            'main']
 
-# %% ../nbs/09_pipeline.ipynb #69f6d1d5
-import argparse, ast, csv, dataclasses, difflib, importlib, itertools, json, os, re, shutil, signal, sys, tempfile, threading, time, types, typing
+# %% ../nbs/09_pipeline.ipynb #9973e348
+import argparse, ast, csv, dataclasses, difflib, functools, importlib, itertools, json, os, re, shutil, signal, sys, tempfile, threading, time, types, typing
 from pathlib import Path
 import yaml
 from .core import (PACKAGE, STAGES, DamagedFile, InUse, SettingError, atomic, changes, check_same_splits, check_value, continues, field_help, module_files, load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest,
@@ -261,7 +261,8 @@ def derive(stage: str, parameters: dict | None = None):
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     return nb
 
-# %% ../nbs/09_pipeline.ipynb #b54dc674
+# %% ../nbs/09_pipeline.ipynb #b9b82973
+@functools.lru_cache(None)
 def statements(source: str, package: str = '') -> set:
     "Top-level statements of exported code as text, imports made absolute, `__all__` and module docstring apart."
     out = set()
@@ -309,9 +310,9 @@ def parameters_of(node: Node, run: Path, preset: str) -> dict:
 class StageFailed(RuntimeError):
     "A stage did not end well; the message names stage, cell and error."
 
-# %% ../nbs/09_pipeline.ipynb #a832d222
-def execute(nb, out: Path, parameters: dict, label: str):
-    "Run a notebook through papermill in the running interpreter's environment; the output is kept in every case."
+# %% ../nbs/09_pipeline.ipynb #644e646e
+def execute(nb, out: Path, parameters: dict, label: str, save: bool = True):
+    "Run a notebook through papermill in the running interpreter's environment; the output is kept in every case, written after every cell if `save`."
     import nbformat, papermill
     from papermill.exceptions import PapermillExecutionError
     from nbclient.exceptions import DeadKernelError
@@ -321,7 +322,7 @@ def execute(nb, out: Path, parameters: dict, label: str):
     died = {}
     try:
         register_engine(died)
-        papermill.execute_notebook(derived, out, parameters, engine_name='synthlit', kernel_name='python3', progress_bar=False, cwd=str(out.parent), autosave_cell_every=5)
+        papermill.execute_notebook(derived, out, parameters, engine_name='synthlit', kernel_name='python3', progress_bar=False, cwd=str(out.parent), autosave_cell_every=5, request_save_on_cell_execute=save)
     except PapermillExecutionError as e: raise StageFailed(f'{label}, cell {e.exec_count}: {e.ename}: {e.evalue}\n  the notebook with the red cell: {out}') from e
     except RuntimeError as e:
         if not isinstance(e, DeadKernelError) and 'Kernel died' not in str(e): raise
@@ -468,7 +469,7 @@ def headline(folder: Path) -> str:
         if k in r: return f': {text.format(r[k])}'
     return ''
 
-# %% ../nbs/09_pipeline.ipynb #1a62ffcb
+# %% ../nbs/09_pipeline.ipynb #4c4142aa
 def shrink(nodes: list):
     "Every node's settings made tiny by its stage's smoke preset."
     for n in nodes:
@@ -488,7 +489,7 @@ def smoke(params: dict, out=None) -> Path:
     for i, c in enumerate(whole.cells): c.id = f'cell{i}'
     before = dict(os.environ)
     os.environ.update(SYNTHLIT_QUIET='1', SYNTHLIT_HOME=str(run/'home'), OMP_NUM_THREADS='1')
-    try: execute(whole, run/'smoke.ipynb', {}, f'smoke of {params.get("name")}')
+    try: execute(whole, run/'smoke.ipynb', {}, f'smoke of {params.get("name")}', save=False)
     finally: os.environ.clear(), os.environ.update(before)
     print(f'{params.get("name")}: {len(nodes)} stages are wired right (tiny, random images)')
     return run
