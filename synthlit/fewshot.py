@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['FEWSHOT_PRESETS', 'MOVES', 'FewshotConfig', 'free', 'seat_novel', 'adapt', 'work_fewshot', 'run_fewshot']
 
-# %% ../nbs/04a_fewshot.ipynb #d948dbbd
+# %% ../nbs/04a_fewshot.ipynb #cab53a2e
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Literal
 import torch
 from torch import nn
 from .core import SettingError, Stage, load_json, load_tensors, open_stage, preset_of, read_manifest, resolve, said, show_grid
 from .generator import load_generator
 from .splits import load_split
-from .gan.train import GanConfig, GanState, Packs, as_generator, finish_gan, keep_best, stage_splits, train_gan
+from .gan.train import GanConfig, GanState, Packs, finish_gan, keep_best, stage_splits, train_gan
 
 # %% ../nbs/04a_fewshot.ipynb #fe50aa42
 @dataclass

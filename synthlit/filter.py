@@ -6,15 +6,14 @@
 __all__ = ['FILTER_PRESETS', 'FilterConfig', 'confident', 'Pool', 'accept', 'images_at', 'Trials', 'proxy_steps', 'work_filter',
            'run_filter', 'save_rejected', 'load_accepted']
 
-# %% ../nbs/06_filter.ipynb #ade6f13a
+# %% ../nbs/06_filter.ipynb #c23f80bc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
-from .core import Checkpoints, SettingError, Stage, load_json, load_table, open_stage, preset_of, resolve, said, save_table, show_grid
+from .core import Checkpoints, Stage, load_json, load_table, open_stage, preset_of, resolve, said, save_table, show_grid
 from .generator import Generator, load_generator
-from .splits import load_split
-from .classifier import Fixed, load_classifier, planned_steps, train_classifier
+from .classifier import Fixed, planned_steps, train_classifier
 from .generate import per_class_of
 from .gan.train import stage_splits
 

@@ -6,14 +6,14 @@
 __all__ = ['GENERATE_PRESETS', 'GenerateConfig', 'addresses', 'encode', 'shard_table', 'write_shards', 'holds', 'load_set',
            'read_image', 'stack', 'safe_name', 'write_folder', 'per_class_of', 'work_generate', 'run_generate']
 
-# %% ../nbs/05b_generate.ipynb #76b1bd0c
+# %% ../nbs/05b_generate.ipynb #02bceb10
 import io, json, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 import numpy as np, pyarrow as pa, torch
 from PIL import Image
-from .core import DamagedFile, SettingError, Stage, atomic, load_table, open_stage, preset_of, resolve, said, save_table, show_grid
+from .core import DamagedFile, Stage, atomic, load_table, open_stage, preset_of, resolve, said, save_table, show_grid
 from .generator import Generator, load_generator
 from .splits import DataError, decode, load_split
 import synthlit.gan.train  # its sampler makes these images: a change of it changes this stage's key

@@ -6,13 +6,12 @@
 __all__ = ['MULTIGEN_PRESETS', 'MultigenConfig', 'split_total', 'mix', 'mixtures', 'draw_mixture', 'work_multigen',
            'run_multigen', 'load_mixture']
 
-# %% ../nbs/07_multigen.ipynb #ee0e75c6
+# %% ../nbs/07_multigen.ipynb #7a415031
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch
-from .core import SettingError, Stage, load_json, load_table, name_in, open_stage, preset_of, resolve, save_table, show_grid
-from .splits import load_split
+from .core import SettingError, Stage, load_table, name_in, open_stage, preset_of, resolve, save_table, show_grid
 from .generate import per_class_of
 from .filter import Trials, images_at, load_accepted, proxy_steps
 from .gan.train import stage_splits

@@ -8,13 +8,13 @@ __all__ = ['SPLITS_PRESETS', 'TEN', 'FASHION', 'CIFAR10', 'SETS', 'SplitsConfig'
            'load_data', 'stand_in', 'stratified', 'Split', 'some_of', 'cut_data', 'fewshot_split', 'save_split',
            'load_split', 'read_part', 'ledger_path', 'openings', 'open_test', 'data_facts', 'work_splits', 'run_splits']
 
-# %% ../nbs/01_splits.ipynb #8fbacb77
+# %% ../nbs/01_splits.ipynb #05f8526e
 import gzip, json, os, struct, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
-from .core import DamagedFile, SettingError, Stage, digest, load_json, load_table, load_tensors, nearest, open_stage, resolve, preset_of, rng, said, save_json, save_tensors, show_grid, take_lock
+from .core import SettingError, Stage, digest, load_json, load_table, load_tensors, nearest, open_stage, resolve, preset_of, rng, said, save_json, save_tensors, show_grid, take_lock
 
 # %% ../nbs/01_splits.ipynb #1be7f85f
 @dataclass
@@ -192,7 +192,7 @@ def stratified(
     out = np.sort(np.concatenate(out))
     return out, np.setdiff1d(np.arange(len(labels)), out)
 
-# %% ../nbs/01_splits.ipynb #1efd77ad
+# %% ../nbs/01_splits.ipynb #b6b6a5e2
 @dataclass
 class Split:
     "One part of a cut data set: uint8 images N×C×H×W, int64 labels, class names, and digests that say what it is."
@@ -226,7 +226,7 @@ def cut_data(data: dict, cfg: SplitsConfig) -> dict:
     held, rest = stratified(y, len(yt) if cfg.val is None else round(cfg.val*len(y)), cfg.seed, 'splits.val')
     if cfg.per_class: rest = np.sort(np.concatenate([some_of(rest[y[rest] == c], cfg.per_class, cfg.seed, int(c)) for c in np.unique(y)]))
     raw = dict(train=(x[rest], y[rest]), val=(x[held], y[held]), test=(xt, yt))
-    t = {k: (torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(b.astype(np.int64))) for k, (a, b) in raw.items()}
+    t = {k: (torch.from_numpy(np.array(a)), torch.from_numpy(b.astype(np.int64))) for k, (a, b) in raw.items()}
     ds = {k: digest(*v) for k, v in t.items()}
     name = Path(cfg.dataset).name + ('-smoke' if cfg.smoke else '')
     return {k: Split(f'{name}/{k}', *v, data['classes'], ds[k], digest(ds)) for k, v in t.items()}

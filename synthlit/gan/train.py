@@ -6,10 +6,9 @@
 __all__ = ['GAN_PRESETS', 'GanConfig', 'GanGenerator', 'Packs', 'd_loss', 'g_loss', 'r1_penalty', 'GanState', 'gan_step', 'watch',
            'as_generator', 'train_gan', 'keep_best', 'work_gan', 'stage_splits', 'run_gan', 'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #e61e4755
+# %% ../../nbs/03b_gan_training.ipynb #31c25627
 import copy, json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Literal
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
