@@ -116,13 +116,13 @@ def preset_of(presets: dict, name: str) -> dict:
     if name not in presets: raise SettingError(f'unknown preset {name!r}; {nearest(name, presets)}')
     return presets[name]
 
-# %% ../nbs/00a_core.ipynb #562704ee
+# %% ../nbs/00a_core.ipynb #4764c233
 def field_help(
     cls,  # a dataclass whose fields carry trailing comments
 ) -> dict:  # field name -> (type as written, default, help)
     "The settings of a stage as `synthlit params` prints them, read from the class's own source."
     rows = {}
-    for line in inspect.getsource(cls).splitlines():
+    for line in [line for c in reversed(cls.__mro__[:-1]) for line in inspect.getsource(c).splitlines()]:  # what a settings class inherits comes first
         m = re.match(r'\s+(\w+): (.+?)(?: = (.+?))?\s+# (.+)$', line)
         f = m and cls.__dataclass_fields__.get(m[1])
         if f: rows[m[1]] = (m[2], f.default_factory() if f.default is dataclasses.MISSING else f.default, m[4])
@@ -524,9 +524,9 @@ def is_artefact(path: Path) -> bool:
     "Does this file of a stage folder count for its digest? Not the notebook, the checkpoints, progress, or anything that holds times."
     return path.name not in ('manifest.json', 'stage.json', 'progress.json', 'notebook.ipynb', 'report.html') and path.parts[0] not in ('checkpoints', 'tb') and not path.name.startswith('.')
 
-# %% ../nbs/00a_core.ipynb #bc4be7d0
+# %% ../nbs/00a_core.ipynb #624e3724
 def side_by_side(
-    jobs,  # functions of `track`, made one by one as there is room for them: a generator need not hold all their data
+    jobs,  # functions of (track, machine), made one by one as there is room for them: a generator need not hold all their data
     count: int,  # how many there are
     total: int,  # steps of all together, for the progress
     stage: Stage,  # whose machine they run on, and which shows the progress
@@ -557,7 +557,7 @@ class Shared:
     def run(self, job, room):
         "One job in its thread."
         torch.set_num_threads(self.threads)  # every Python thread has its own setting
-        try: return job(self.track)
+        try: return job(self.track, dict(self.stage.machine, threads=self.threads))
         except BaseException as e: self.errors.append(e); raise
         finally: room.release()
     def track(self, items, total: int = 0, start: int = 0, desc: str = ''):

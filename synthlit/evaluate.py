@@ -82,17 +82,17 @@ def accepted_set(folder, device) -> tuple:
     g, rows, r = load_accepted(folder, device)
     return images_at(g, rows, r['seed'], r['dials'])
 
-# %% ../nbs/08a_evaluate.ipynb #46fdafd7
+# %% ../nbs/08a_evaluate.ipynb #5f6b85af
 def row_path(stage: Stage, row: str, seed: int) -> Path:
     "Where the classifier of a row and seed is kept."
     return stage.dir/'classifiers'/f'{row.replace(" ", "-").replace("(", "").replace(")", "")}-seed{seed}.safetensors'
 
-def train_row(stage: Stage, row: str, seed: int, data: tuple, classifier, steps: int, track):
+def train_row(stage: Stage, row: str, seed: int, data: tuple, classifier, steps: int, track, machine: dict):
     "The recipe trained on one source with one seed; left alone when it is there already."
     path = row_path(stage, row, seed)
     if path.exists(): return list(track([], steps, steps))
     if row == 'real' and seed == classifier.recipe.seed: c = classifier  # the same recipe on the same images: trained once
-    else: c = train_classifier(Fixed(*data), replace(classifier.recipe, seed=seed), classifier.classes, steps, machine=stage.machine, checkpoints=Checkpoints(stage.dir/'checkpoints'/path.stem), track=track)
+    else: c = train_classifier(Fixed(*data), replace(classifier.recipe, seed=seed), classifier.classes, steps, machine=machine, checkpoints=Checkpoints(stage.dir/'checkpoints'/path.stem), track=track)
     c.save(path)
 
 def measures(images: torch.Tensor, labels: torch.Tensor, val: Split, classifier, cfg: EvaluateConfig) -> dict:
@@ -118,7 +118,7 @@ def refuse_contamination(stage: Stage, sealed: dict):
         for part, d in sealed.items():
             if d in read_manifest(f)['saw']: raise SettingError(f'{f.name} was trained on the {part} images of this split: its score on them would mean nothing')
 
-# %% ../nbs/08a_evaluate.ipynb #5f7d152b
+# %% ../nbs/08a_evaluate.ipynb #683c8398
 def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) -> list:
     "Train and measure every source with its seeds; a line (row, kind, seed, n, val accuracy, measures, model) for each."
     cfg, rows = stage.cfg, []
@@ -129,7 +129,7 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
             measured = measures(*data, val, classifier, cfg)
             for s in seeds[row]:
                 rows.append(dict(row=row, kind=kind, seed=s, n=len(data[1]), **measured))
-                yield lambda track, row=row, s=s, data=data: train_row(stage, row, s, data, classifier, steps, track)
+                yield lambda track, machine, row=row, s=s, data=data: train_row(stage, row, s, data, classifier, steps, track, machine)
     count = sum(map(len, seeds.values()))
     side_by_side(jobs(), count, count*steps, stage)
     for r in rows:

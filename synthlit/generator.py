@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BLOCK', 'latents', 'run_blocks', 'Generator', 'load_generator', 'GaussianFloor', 'fit_class', 'fit_floor']
 
-# %% ../nbs/00c_generator.ipynb #f93f40e4
+# %% ../nbs/00c_generator.ipynb #43f3ef09
 import importlib, json
 from pathlib import Path
 import numpy as np, torch
-from .core import DamagedFile, digest, load_tensors, nearest, rng, save_tensors, SettingError
+from .core import DamagedFile, digest, global_rng, load_tensors, nearest, rng, save_tensors, SettingError
 
 # %% ../nbs/00c_generator.ipynb #d7829dca
 BLOCK = 64  # candidates per draw: part of every address, never to be changed
@@ -40,7 +40,7 @@ def run_blocks(f, *tensors: torch.Tensor, size: int = 128) -> torch.Tensor:
         outs.append(f(*[t[rows] for t in tensors])[:n - i])
     return torch.cat(outs)
 
-# %% ../nbs/00c_generator.ipynb #96e7f0d3
+# %% ../nbs/00c_generator.ipynb #8f296992
 class Generator:
     "Base of all generators: the protocol and how it is kept. Subclasses give `family`, `sample`, `state` and `from_state`."
     family = ''  # 'module:Class' that loads it, e.g. 'synthlit.generator:GaussianFloor'
@@ -75,7 +75,8 @@ def load_generator(folder, device='cpu') -> Generator:
     tensors, meta = load_tensors(path)
     module, _, cls = meta['family'].partition(':')
     if not module.startswith('synthlit.'): raise DamagedFile(f'{path} asks for {meta["family"]}, which is not of synthlit')
-    g = getattr(importlib.import_module(module), cls).from_state(tensors, meta, device)
+    with global_rng(0, 'overwritten'):  # new layers draw weights from the global state, which another thread may be using
+        g = getattr(importlib.import_module(module), cls).from_state(tensors, meta, device)
     g.classes, g.shape, g.trained = meta['classes'], tuple(meta['shape']), meta['trained']
     return g
 

@@ -6,11 +6,11 @@
 __all__ = ['Moments', 'as_features', 'trace_sqrt', 'frechet_from_moments', 'frechet_distance', 'blocks', 'distances',
            'knn_radius', 'prdc', 'inception_weights', 'InceptionFeatures', 'fid']
 
-# %% ../nbs/00b_metrics.ipynb #3597022c
+# %% ../nbs/00b_metrics.ipynb #9a125d64
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, scipy.linalg, torch
-from .core import DamagedFile, rng
+from .core import DamagedFile, global_rng, rng
 
 # %% ../nbs/00b_metrics.ipynb #f8392701
 class Moments:
@@ -101,7 +101,7 @@ def prdc(
     return dict(precision=(inside > 0).double().mean().item(), recall=found.double().mean().item(),
                 density=inside.mean().item()/k, coverage=(nearest <= r_real).double().mean().item())
 
-# %% ../nbs/00b_metrics.ipynb #3c2ab79c
+# %% ../nbs/00b_metrics.ipynb #b753d4a9
 @contextmanager
 def inception_weights(path):
     "Let pytorch-fid's Inception take its weights from a local file (.pth read with `weights_only`, or .safetensors) instead of downloading them."
@@ -120,7 +120,7 @@ class InceptionFeatures:
     name = 'FID Inception'
     def __init__(self, weights, device='cpu'):
         from pytorch_fid.inception import InceptionV3
-        with inception_weights(weights):
+        with inception_weights(weights), global_rng(0, 'overwritten'):
             try: self.net = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
             except RuntimeError as e: raise DamagedFile(f'{weights} does not hold the weights of the FID Inception network: {str(e)[:200]}') from e
         self.device = device

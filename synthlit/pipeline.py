@@ -205,21 +205,20 @@ def check_outside(node: Node, nodes: list, run: Path):
     strangers = [Path(m.name) for n in nodes for ms in n.reads.values() for m in ms if '/' in m.name]
     if node.stage == 'splits' and strangers: check_same_splits(dict(splits=[run/node.name], others=strangers))
 
-# %% ../nbs/09_pipeline.ipynb #76d7be65
+# %% ../nbs/09_pipeline.ipynb #7567e647
 KERNEL_SECONDS = 5.  # starting a kernel and importing torch, as seen on 2-core machines
 
 def unit_costs(nodes: list, machine: dict) -> dict:
     "Seconds per image of classifier training, GAN training and sampling, timed on random images of the data's shape."
     import torch
-    from synthlit.classifier import ClassifierConfig, classifier_step, new_net
+    from synthlit.classifier import ClassifierConfig, Training
     from synthlit.gan.train import GanConfig, GanState, gan_step
     first = lambda stage, Config: next((n.cfg for n in nodes if n.stage == stage), Config())
     c, g, facts = first('classifier', ClassifierConfig), first('gan', GanConfig), facts_of(nodes[0], nodes)
     image = lambda n: torch.zeros(n, *facts['shape'], dtype=torch.uint8)
-    net = new_net(c, facts['shape'][0], facts['classes'], machine)
-    opt = torch.optim.SGD(net.parameters(), .1)
+    t = Training(c, facts['shape'], list(range(facts['classes'])), machine)
     s = GanState(g, facts['shape'], facts['classes'], machine)
-    jobs = dict(classifier=(lambda: classifier_step(net, opt, image(c.batch), torch.zeros(c.batch, dtype=torch.int64), c, machine).item(), c.batch),
+    jobs = dict(classifier=(lambda: t.step(image(c.batch), torch.zeros(c.batch, dtype=torch.int64), 0, 10).item(), c.batch),
                 gan=(lambda: gan_step(s, image(g.batch), torch.zeros(g.batch, dtype=torch.int64), 1, 10)[0].item(), g.batch),
                 sample=(lambda: s.E(torch.zeros(128, g.z, device=machine['device']), torch.zeros(128, dtype=torch.int64, device=machine['device'])).sum().item(), 128))
     return {k: fastest(f)/n for k, (f, n) in jobs.items()}

@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import torch
 
-from synthlit.classifier import CPU, augment, to_device
+from synthlit.augment import shift_flip
+from synthlit.classifier import CPU, to_device
 from synthlit.core import rng
 from synthlit.metrics import frechet_distance, prdc
 
@@ -121,7 +122,7 @@ def bench_input(n: int = 10000, batch: int = 128):
     def ours():
         order = torch.from_numpy(rng(0, "classifier.order").permutation(n))
         for step, rows in enumerate(order.split(batch)):
-            to_device(augment(images[rows], 1, True, rng(0, "classifier.augment", step)), CPU), labels[rows]
+            to_device(shift_flip(images[rows], 1, True, rng(0, "augment", step)), CPU), labels[rows]
 
     def theirs():
         for _ in DataLoader(InMemory(), batch, shuffle=True, num_workers=0):

@@ -6,7 +6,7 @@
 __all__ = ['GAN_PRESETS', 'GanConfig', 'GanGenerator', 'Packs', 'd_loss', 'g_loss', 'r1_penalty', 'GanState', 'gan_step', 'watch',
            'as_generator', 'train_gan', 'keep_best', 'work_gan', 'stage_splits', 'run_gan', 'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #31c25627
+# %% ../../nbs/03b_gan_training.ipynb #822cfee7
 import copy, json
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -16,7 +16,8 @@ from ..core import SettingError, Stage, load_json, open_stage, preset_of, randn,
 from ..metrics import frechet_distance
 from ..generator import Generator, latents, load_generator, run_blocks
 from ..splits import Split, load_split
-from ..classifier import augment, load_classifier, to_device
+from ..augment import shift_flip
+from ..classifier import load_classifier, to_device
 from .models import DCGenerator, build_gan
 
 # %% ../../nbs/03b_gan_training.ipynb #52aef53d
@@ -122,7 +123,7 @@ def r1_penalty(D, x, y) -> torch.Tensor:
     g, = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
     return g.square().sum()/(2*len(x)//D.pack)
 
-# %% ../../nbs/03b_gan_training.ipynb #bec898c6
+# %% ../../nbs/03b_gan_training.ipynb #a57d7e44
 class GanState:
     "Both networks, the generator's moving average, both optimisers: all that a step changes."
     def __init__(self, cfg: GanConfig, shape, classes: int, machine: dict, pick=None):
@@ -153,7 +154,7 @@ def gan_step(s: GanState, images: torch.Tensor, y: torch.Tensor, step: int, tota
     cfg, dev = s.cfg, s.machine['device']
     fall = min(1., max(.05, 2*(1 - step/total))) if cfg.decay else 1.
     for opt, lr in ((s.opt_g, cfg.lr_g), (s.opt_d, cfg.lr_d)): opt.param_groups[0]['lr'] = lr*fall
-    x, y = to_device(augment(images, 0, cfg.flip, rng(cfg.seed, 'gan.flip', step)), s.machine), y.to(dev)
+    x, y = to_device(shift_flip(images, 0, cfg.flip, rng(cfg.seed, 'gan.flip', step)), s.machine), y.to(dev)
     fake = s.G(randn((len(y), cfg.z), cfg.seed, 'gan.z', step, dev), y)
     real_score = s.D(x, y)
     loss_d = d_loss(real_score, s.D(fake.detach(), y), cfg.loss)
