@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CLASSIFIER_PRESETS', 'CPU', 'ClassifierConfig', 'one_cycle', 'learning_rate', 'planned_steps', 'new_optimizer',
            'update', 'Fixed', 'batches', 'slices', 'shape_of', 'laid_out', 'to_device', 'Classifier', 'load_classifier',
-           'new_net', 'twin', 'shares_of', 'Crew', 'Training', 'blend', 'train_classifier', 'refuse_nan',
-           'save_training', 'cas', 'confusion', 'work_classifier', 'run_classifier']
+           'new_net', 'twin', 'shares_of', 'Crew', 'rank_and_world', 'of_rank', 'spread', 'Training', 'blend',
+           'train_classifier', 'refuse_nan', 'save_training', 'cas', 'confusion', 'work_classifier', 'run_classifier']
 
-# %% ../nbs/02_classifier.ipynb #6d8d395d
+# %% ../nbs/02_classifier.ipynb #ca5f4975
 import copy, math, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, preset_of, resolve, restore_optimizer, rng, said, save_tensors
+from .core import Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, pack, preset_of, resolve, restore_optimizer, rng, said, save_tensors
 from .augment import Augment, augment_batch, mix_batch, to_float
 from .networks import build_net
 from .splits import Split, load_split
@@ -213,15 +213,32 @@ class Crew:
             for p, other in zip(self.nets[0].parameters(), q.parameters()): p.grad.add_(other.grad) if other.grad is not None else None
         return total
 
-# %% ../nbs/02_classifier.ipynb #b4d0f4cb
+# %% ../nbs/02_classifier.ipynb #a27b3d84
+def rank_and_world() -> tuple:
+    "This process's number and how many there are, as torchrun says; (0, 1) alone."
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+def of_rank(machine: dict) -> dict:
+    "The machine of this process: with several on GPUs each has its own."
+    cuda = rank_and_world()[1] > 1 and machine['device'].startswith('cuda')
+    return dict(machine, device=f'cuda:{os.environ.get("LOCAL_RANK", 0)}') if cuda else machine
+
+def spread(net: nn.Module, machine: dict) -> nn.Module:
+    "The network as one of several processes trains it: gradients are averaged over all."
+    from accelerate import Accelerator
+    return Accelerator(cpu=machine['device'] == 'cpu').prepare(net)
+
+# %% ../nbs/02_classifier.ipynb #88f672c5
 class Training:
     "A training in progress: the network, its average, the optimiser, the best so far."
     def __init__(self, recipe: ClassifierConfig, shape, classes: list, machine: dict, net: nn.Module | None = None):
+        machine, (self.rank, self.world) = of_rank(machine), rank_and_world()
         self.recipe, self.shape, self.classes, self.machine = recipe, tuple(shape), classes, machine
         self.net = new_net(recipe, shape[0], len(classes), machine) if net is None else net.to(machine['device'], memory_format=laid_out(machine))
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False) if recipe.ema else None
         self.best, self.score = copy.deepcopy(self.net).eval().requires_grad_(False) if recipe.keep == 'best' else None, torch.tensor(-1.)
-        self.opt, self.crew = new_optimizer(self.net, recipe), Crew(self.net, shares_of(recipe.batch, machine), machine['threads'])
+        self.opt = new_optimizer(self.net, recipe)
+        self.crew = Crew(self.net, shares_of(recipe.batch, machine), machine['threads']) if self.world == 1 else Crew(spread(self.net, machine), 1, machine['threads'])
     def loss(self, net, x, ya, yb, lam: float) -> torch.Tensor:
         "Cross-entropy with label smoothing, of two labels where images are mixed."
         with torch.autocast(self.machine['device'].split(':')[0], torch.bfloat16, enabled=self.recipe.precision == 'bf16'):
@@ -234,7 +251,8 @@ class Training:
         x, ya, lam = augment_batch(x.to(dev), r, r.seed, step), y.to(dev), 1.
         yb = ya
         if r.mixup or r.cutmix: x, ya, yb, lam = mix_batch(x, ya, r.mixup, r.cutmix, rng(r.seed, 'classifier.mix', step))
-        loss = self.crew.gradients(lambda net, x, a, b: self.loss(net, x, a, b, lam), x.contiguous(memory_format=laid_out(self.machine)), ya, yb)
+        mine = [t.chunk(self.world)[self.rank] for t in (x.contiguous(memory_format=laid_out(self.machine)), ya, yb)]
+        loss = self.crew.gradients(lambda net, x, a, b: self.loss(net, x, a, b, lam), *mine)
         update(self.opt, self.net, r, learning_rate(step, steps, r))
         if self.average is not None: blend(self.average, self.net, min(r.ema, (1 + step)/(10 + step)))
         return loss
@@ -266,7 +284,7 @@ def blend(average: nn.Module, net: nn.Module, keep: float):
     ours, theirs = [list(m.parameters()) + [b for b in m.buffers() if b.is_floating_point()] for m in (average, net)]
     torch._foreach_lerp_(ours, theirs, 1 - keep)
 
-# %% ../nbs/02_classifier.ipynb #0fd24026
+# %% ../nbs/02_classifier.ipynb #b7e2a730
 def train_classifier(
     source,  # what to train on: `len(source)` and `source.epoch(e) -> (images, labels)`
     recipe: ClassifierConfig,
@@ -290,16 +308,16 @@ def train_classifier(
         x, y = next(feed)
         loss, n = t.step(x, y, step, steps), step + 1
         done = n == steps
-        if n % min(every, 100) == 0 or done: refuse_nan(t.net, n, checkpoints)
+        if n % min(every, 100) == 0 or done: refuse_nan(t.state(), n, checkpoints)
         if n % per_epoch == 0 or done:
             seen = t.judge(val)
             if history: history.log(n, loss=loss, **seen)
-        if checkpoints and (n % every == 0 or done): save_training(checkpoints, history, n, **t.state())
+        if checkpoints and t.rank == 0 and (n % every == 0 or done): save_training(checkpoints, history, n, **t.state())
     return t.done()
 
-def refuse_nan(net: nn.Module, step: int, checkpoints: Checkpoints | None):
-    "Stop a training whose weights are no longer numbers, before they are saved."
-    if all(torch.isfinite(p).all() for p in net.parameters()): return
+def refuse_nan(state: dict, step: int, checkpoints: Checkpoints | None):
+    "Stop a training whose weights, averages or moments are no longer numbers, before they are saved."
+    if all(torch.isfinite(v).all() for v in pack(state)[0].values()): return
     kept = f'; the checkpoint of step {checkpoints.load()[0]} is kept' if checkpoints and checkpoints.paths() else ''
     raise FloatingPointError(f'the weights are not numbers any more at step {step}{kept}. Try a smaller classifier.lr, or classifier.clip = 1')
 
