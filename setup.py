@@ -12,13 +12,13 @@ cfg = parser["DEFAULT"]
 
 
 class build_py_with_notebooks(build_py):
-    """The runner executes notebooks, so the wheel carries them. An editable install finds them in the checkout."""
+    """The runner executes notebooks, so the wheel carries them, and the data files that code reads. An editable install finds them in the checkout."""
 
     def run(self):
         super().run()
         if getattr(self, "editable_mode", False):
             return
-        for src in [*Path("nbs").glob("*.ipynb"), *Path("nbs/params").glob("*.yaml")]:
+        for src in [*Path("nbs").glob("*.ipynb"), *Path("nbs/params").glob("*.yaml"), *Path("nbs/data").glob("*.json")]:
             dst = Path(self.build_lib, cfg["lib_path"], src)
             self.mkpath(str(dst.parent))
             self.copy_file(str(src), str(dst))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TEN', 'FASHION', 'CIFAR10', 'CIFAR100', 'EMNIST', 'EUROSAT', 'DERMA', 'SETS', 'RAW', 'CIFAR_FILES', 'OTHER', 'BROKEN',
            'PARTS', 'SUFFIXES', 'OPENERS', 'DataError', 'DataSpec', 'Ask', 'tops', 'search_path', 'remote', 'download',
-           'find', 'fetch', 'planes', 'decode', 'encode', 'fit_image', 'decode_all', 'fit_array', 'Part', 'Opened',
-           'safe_name', 'check_names', 'check_set', 'damaged', 'parse_idx', 'read_idx', 'idx_part', 'open_idx',
-           'open_emnist', 'zip_member', 'open_digits', 'records', 'open_cifar', 'tar_members', 'open_svhn', 'npz_part',
-           'open_npz', 'shards_of', 'columns_of', 'parquet_cells', 'open_parquet', 'images_in', 'class_folders',
-           'path_cells', 'folder_part', 'list_part', 'part_folders', 'open_folder', 'pool_cinic', 'zip_cells',
-           'zip_part', 'open_zip_folder', 'open_omniglot', 'subsets', 'take_subset', 'open_named', 'open_path',
-           'split_subset', 'open_set', 'same_channels', 'load_arrays', 'stand_in']
+           'find', 'fetch', 'planes', 'decode', 'picture', 'encode', 'fit_image', 'decode_all', 'fit_array', 'Part',
+           'Opened', 'safe_name', 'check_names', 'check_set', 'damaged', 'parse_idx', 'read_idx', 'idx_part',
+           'open_idx', 'open_emnist', 'zip_member', 'open_digits', 'records', 'open_cifar', 'tar_members', 'open_svhn',
+           'npz_part', 'open_npz', 'shards_of', 'columns_of', 'parquet_cells', 'open_parquet', 'images_in',
+           'class_folders', 'path_cells', 'folder_part', 'list_part', 'part_folders', 'open_folder', 'pool_cinic',
+           'zip_cells', 'zip_part', 'open_zip_folder', 'open_omniglot', 'subsets', 'take_subset', 'open_named',
+           'open_path', 'split_subset', 'open_set', 'same_channels', 'load_arrays', 'stand_in']
 
 # %% ../nbs/00d_data.ipynb #fa7da2ed
 import functools, gzip, io, itertools, json, os, re, struct, tarfile, zipfile, zlib
@@ -22,7 +22,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from .core import DamagedFile, SettingError, load_table, nearest, notebooks_dir, rng
 
-# %% ../nbs/00d_data.ipynb #969407c2
+# %% ../nbs/00d_data.ipynb #666dad7a
 class DataError(RuntimeError):
     "Data that is missing, truncated or not what it should be; the message names the file and the way out."
 
@@ -41,14 +41,15 @@ class DataSpec:
 TEN = tuple(map(str, range(10)))
 FASHION = ('T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-CIFAR100 = tuple('''apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud
-    cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
-    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
-    shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-    willow_tree wolf woman worm'''.split())
+CIFAR100 = tuple('''apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle
+    chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+    lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+    streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''.split())
 EMNIST = tuple('0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt')  # "balanced": letters whose two cases look alike are merged
 EUROSAT = ('AnnualCrop', 'Forest', 'HerbaceousVegetation', 'Highway', 'Industrial', 'Pasture', 'PermanentCrop', 'Residential', 'River', 'SeaLake')
-DERMA = ('actinic keratoses and intraepithelial carcinoma', 'basal cell carcinoma', 'benign keratosis-like lesions', 'dermatofibroma', 'melanoma', 'melanocytic nevi', 'vascular lesions')
+DERMA = ('actinic keratoses and intraepithelial carcinoma', 'basal cell carcinoma', 'benign keratosis-like lesions', 'dermatofibroma',
+         'melanoma', 'melanocytic nevi', 'vascular lesions')
 SETS = dict(
     digits=DataSpec((1, 8, 8), TEN, 1797, 0),
     mnist=DataSpec((1, 28, 28), TEN, 60000, 10000),
@@ -63,8 +64,9 @@ SETS = dict(
     svhn=DataSpec((3, 32, 32), TEN, 73257, 26032),
 )
 
-# %% ../nbs/00d_data.ipynb #3b3cf143
-RAW = dict(mnist='MNIST/raw', fashion_mnist='FashionMNIST/raw', emnist='EMNIST/raw', omniglot='omniglot-py', eurosat='eurosat/2750', cinic10='CINIC-10')  # as torchvision and the archives lay them out
+# %% ../nbs/00d_data.ipynb #8cb1a798
+RAW = dict(mnist='MNIST/raw', fashion_mnist='FashionMNIST/raw', emnist='EMNIST/raw', omniglot='omniglot-py', eurosat='eurosat/2750',
+           cinic10='CINIC-10')  # as torchvision and the archives lay them out
 CIFAR_FILES = dict(
     cifar10=('cifar-10-batches-bin', [f'data_batch_{i}.bin' for i in range(1, 6)], ['test_batch.bin'], 1, 10000),
     cifar100=('cifar-100-binary', ['train.bin'], ['test.bin'], 2, 0),
@@ -72,7 +74,8 @@ CIFAR_FILES = dict(
 OTHER = dict(  # what torchvision has no list for, or only a pickled file
     cifar10=[('cifar-10-binary.tar.gz', ['https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'], 'c32a1d4ab5d03f1284b67883e8d87530')],
     cifar100=[('cifar-100-binary.tar.gz', ['https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz'], '03b5dce01913d631647c71ecec9e9cb8')],
-    eurosat=[('EuroSAT.zip', ['https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip'], 'c8fa014336c82ac7804f0398fcb19387')],
+    eurosat=[('EuroSAT.zip', ['https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip'],
+              'c8fa014336c82ac7804f0398fcb19387')],
     dermamnist=[('dermamnist.npz', ['https://zenodo.org/records/10519652/files/dermamnist.npz?download=1'], '0744692d530f8e62ec473284d019b0c7')],
 )
 
@@ -86,17 +89,18 @@ class Ask:
 def tops(root: str = '') -> list:
     "Folders that hold data sets, in the order in which they are searched; the last is the download cache (or `root`)."
     cache = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()/'synthlit'
-    return [Path(root).expanduser()] if root else [*([Path(os.environ['SYNTHLIT_DATA'])] if os.environ.get('SYNTHLIT_DATA') else []), Path('/usr/share/datasets'), cache]
+    mine = os.environ.get('SYNTHLIT_DATA')
+    return [Path(root).expanduser()] if root else [*([Path(mine).expanduser()] if mine else []), Path('/usr/share/datasets'), cache]
 
 def search_path(name: str, root: str = '') -> list:
     "Folders in which files of a data set are looked for, in order."
     return [t/sub for t in tops(root) for sub in dict.fromkeys((name, name.replace('_', '-'), RAW.get(name, name), '.'))]
 
-# %% ../nbs/00d_data.ipynb #7e36eee9
+# %% ../nbs/00d_data.ipynb #7caadfc0
 def remote(name: str) -> list:
     "(file, addresses, md5) of what a data set consists of; [] where it cannot be downloaded by a program."
     from torchvision import datasets as tv
-    if name in RAW and hasattr(kind := getattr(tv, RAW[name].split('/')[0], None), 'resources') and name != 'emnist': return [(f, [m + f for m in kind.mirrors], md5) for f, md5 in kind.resources]
+    if kind := dict(mnist=tv.MNIST, fashion_mnist=tv.FashionMNIST).get(name): return [(f, [m + f for m in kind.mirrors], md5) for f, md5 in kind.resources]
     if name == 'emnist': return [('gzip.zip', [tv.EMNIST.url], tv.EMNIST.md5)]
     if name == 'omniglot': return [(f'{f}.zip', [f'{tv.Omniglot.download_url_prefix}/{f}.zip'], md5) for f, md5 in tv.Omniglot.zips_md5.items()]
     if name == 'svhn': return [(f, [url], md5) for url, f, md5 in (tv.SVHN.split_list[p] for p in ('train', 'test'))]
@@ -128,9 +132,10 @@ def fetch(ask: Ask) -> list:
         return [download(f, urls, md5, tops(ask.root)[-1]/ask.name) for f, urls, md5 in todo]
     except Exception as e:
         files = ', '.join(f.replace('ubyte.gz', 'ubyte') for f, _, _ in todo) or f'the folder of {ask.name}'
-        raise DataError(f'{ask.name}: {files} not found in {", ".join(map(str, tops(ask.root)))}, and not downloaded ({e}). Put the files there or set SYNTHLIT_DATA to the folder that holds {ask.name}/') from e
+        raise DataError(f'{ask.name}: {files} not found in {", ".join(map(str, tops(ask.root)))}, and not downloaded ({e}). '
+                        f'Put the files there or set SYNTHLIT_DATA to the folder that holds {ask.name}/') from e
 
-# %% ../nbs/00d_data.ipynb #932edef7
+# %% ../nbs/00d_data.ipynb #e829f853
 def planes(im: Image.Image) -> np.ndarray:
     "C×H×W uint8 of a picture: one channel for grey ones (16 bits keep their upper 8), three otherwise."
     if im.mode.startswith('I;16'): return (np.asarray(im) >> 8).astype(np.uint8)[None]
@@ -142,10 +147,14 @@ def decode(cell) -> np.ndarray:
     cell = cell['bytes'] if isinstance(cell, dict) else cell
     with Image.open(cell if isinstance(cell, Path) else io.BytesIO(cell)) as im: return planes(im)
 
+def picture(a: np.ndarray) -> Image.Image:
+    "A C×H×W uint8 array as a picture, grey or RGB."
+    return Image.fromarray(a[0] if len(a) == 1 else np.ascontiguousarray(a.transpose(1, 2, 0)))
+
 def encode(image) -> bytes:
     "PNG bytes of a C×H×W uint8 image (grey or RGB)."
-    a, out = np.asarray(image), io.BytesIO()
-    Image.fromarray(a[0] if len(a) == 1 else np.ascontiguousarray(a.transpose(1, 2, 0))).save(out, 'PNG')
+    out = io.BytesIO()
+    picture(np.asarray(image)).save(out, 'PNG')
     return out.getvalue()
 
 def fit_image(
@@ -156,12 +165,12 @@ def fit_image(
     "An image in another size."
     c, h, w = a.shape
     if size is None or (h, w) == (size, size): return a
-    if fit == 'resize': return planes(ImageOps.fit(Image.fromarray(a[0] if c == 1 else np.ascontiguousarray(a.transpose(1, 2, 0))), (size, size), Image.Resampling.LANCZOS))
+    if fit == 'resize': return planes(ImageOps.fit(picture(a), (size, size), Image.Resampling.LANCZOS))
     if max(h, w) > size: raise SettingError(f"size = {size}: an image of {w}×{h} pixels cannot be padded to it; use fit = 'resize' or a larger size")
     top, left = (size - h)//2, (size - w)//2
     return np.pad(a, ((0, 0), (top, size - h - top), (left, size - w - left)))
 
-# %% ../nbs/00d_data.ipynb #660afb0e
+# %% ../nbs/00d_data.ipynb #af5b233d
 def decode_all(
     cells,  # iterator of (name for messages, path or encoded bytes)
     n: int,  # how many there are
@@ -177,7 +186,8 @@ def decode_all(
         except Exception as e: raise DataError(f'{name} cannot be read as an image ({e}): replace it or take it out') from e
         if out is None: out = np.empty((n, *a.shape), np.uint8)
         if a.shape[1:] != out.shape[2:]:
-            raise DataError(f'{name} has {a.shape[2]}×{a.shape[1]} pixels, those before it {out.shape[3]}×{out.shape[2]}: images of several sizes; say `size` to bring all to one')
+            sizes = f'{name} has {a.shape[2]}×{a.shape[1]} pixels, those before it {out.shape[3]}×{out.shape[2]}'
+            raise DataError(f'{sizes}: images of several sizes; say `size` to bring all to one')
         if len(a) > out.shape[1]: grey += [f'the {i} images before {name}']; out = np.repeat(out, 3, 1)
         elif len(a) < out.shape[1]: grey.append(name)
         out[i] = a  # one channel is copied to three
@@ -190,7 +200,7 @@ def fit_array(x: np.ndarray, size: int | None, fit: str) -> np.ndarray:
     for i, a in enumerate(x): out[i] = fit_image(a, size, fit)
     return out
 
-# %% ../nbs/00d_data.ipynb #7f49421d
+# %% ../nbs/00d_data.ipynb #c374da90
 @dataclass(frozen=True)
 class Part:
     "One part of a data set: its labels, and how to get its images when they are wanted."
@@ -200,17 +210,20 @@ class Part:
     array: Callable | None = None  # () -> uint8 N×C×H×W, for sets stored as arrays
     def images(self, size=None, fit='resize', grey=None) -> np.ndarray:
         "All images, uint8 N×C×H×W."
-        return fit_array(self.array(), size, fit) if self.array else decode_all(self.cells(), len(self.labels), size, fit, grey)
+        if self.array: return fit_array(self.array(), size, fit)
+        return decode_all(self.cells(), len(self.labels), size, fit, grey)
     def shape(self) -> tuple:
         "(C, H, W) of the first image as it is stored."
         return self.array().shape[1:] if self.array else decode_all(itertools.islice(self.cells(), 1), 1).shape[1:]
     def only(self, keep: np.ndarray, labels: np.ndarray) -> 'Part':
         "The images where `keep` is true, with other labels."
-        return Part(self.where, labels[keep], self.cells and (lambda: itertools.compress(self.cells(), keep)), self.array and (lambda: self.array()[keep]))
+        cells, array = self.cells, self.array
+        return Part(self.where, labels[keep], cells and (lambda: itertools.compress(cells(), keep)), array and (lambda: array()[keep]))
     def then(self, other: 'Part') -> 'Part':
         "This part and another one behind it."
         both = lambda f, g, join: f and (lambda: join(f(), g()))
-        return Part(self.where, np.concatenate([self.labels, other.labels]), both(self.cells, other.cells, itertools.chain), both(self.array, other.array, lambda a, b: np.concatenate([a, b])))
+        y, join = np.concatenate([self.labels, other.labels]), lambda a, b: np.concatenate([a, b])
+        return Part(self.where, y, both(self.cells, other.cells, itertools.chain), both(self.array, other.array, join))
 
 @dataclass(frozen=True)
 class Opened:
@@ -219,7 +232,7 @@ class Opened:
     classes: list  # names; [] where nobody gave them any
     n_val: int = 0  # > 0: so many images of train are for validation, where that is not "as many as test"
 
-# %% ../nbs/00d_data.ipynb #3db401ae
+# %% ../nbs/00d_data.ipynb #3863602b
 def safe_name(name: str) -> str:
     "A class name that is safe as a folder name."
     return re.sub(r'[^\w.-]+', '_', str(name)).strip('._') or '_'
@@ -228,8 +241,11 @@ def check_names(classes: list, where):
     "`DataError` for class names that cannot become folders of their own."
     taken = {}
     for c in map(str, classes):
-        if not c.strip() or len(safe_name(c).encode()) > 200 or any(ord(x) < 32 for x in c): raise DataError(f'{where}: class name {c[:60]!r} cannot be a folder name: rename the class')
-        if (other := taken.setdefault(safe_name(c), c)) != c or classes.count(c) > 1: raise DataError(f'{where}: the classes {other!r} and {c!r} would share the folder {safe_name(c)!r}: rename one of them')
+        if not c.strip() or len(safe_name(c).encode()) > 200 or any(ord(x) < 32 for x in c):
+            raise DataError(f'{where}: class name {c[:60]!r} cannot be a folder name: rename the class')
+        if (other := taken.get(safe_name(c))) is not None:
+            raise DataError(f'{where}: the classes {other!r} and {c!r} would share the folder {safe_name(c)!r}: rename one of them')
+        taken[safe_name(c)] = c
 
 def check_set(found: Opened, where):
     "`DataError` for labels out of range, classes without images, and unsafe class names."
@@ -240,11 +256,12 @@ def check_set(found: Opened, where):
     counts = np.bincount(np.concatenate([p.labels for p in found.parts.values()]), minlength=n)
     if (counts == 0).any():
         c = int(counts.argmin())
-        raise DataError(f'{where}: class {c} ({found.classes[c]}) has no image (nor have {(counts == 0).sum() - 1} other classes): number the classes from 0 without gaps, or complete the data')
+        more = f' (nor have {(counts == 0).sum() - 1} other classes)' if (counts == 0).sum() > 1 else ''
+        raise DataError(f'{where}: class {c} ({found.classes[c]}) has no image{more}: number the classes from 0 without gaps, or complete the data')
     check_names(found.classes, where)
 
-# %% ../nbs/00d_data.ipynb #d123ddfa
-BROKEN = (EOFError, ValueError, IndexError, KeyError, struct.error, OSError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError)
+# %% ../nbs/00d_data.ipynb #760b4c7e
+BROKEN = (EOFError, ValueError, IndexError, KeyError, struct.error, OSError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError)
 
 def damaged(where, e: Exception) -> DataError:
     "What to say of a file that cannot be read."
@@ -262,16 +279,16 @@ def read_idx(path: Path) -> np.ndarray:
     "Array of an IDX file; `DataError` if it is truncated."
     return parse_idx(Path(path).read_bytes(), path)
 
-def idx_part(images: Callable, labels: Callable, where, upright=lambda x: x) -> Part:
-    "A part of two IDX files."
-    y, x = labels(), images()
-    if len(x) != len(y): raise DataError(f'{where[0]} holds {len(x)} images and {where[1]} {len(y)} labels: one of them is truncated, or they are not of one set')
-    return Part(str(where[0]), y.astype(np.int64), array=lambda: np.ascontiguousarray(upright(x))[:, None])
+def idx_part(x: np.ndarray, y: np.ndarray, where) -> Part:
+    "A part of two IDX files: images N×H×W and labels."
+    if len(x) != len(y): raise DataError(f'{where[0]} holds {len(x)} images and {where[1]} {len(y)} labels: one of them is truncated, or of another set')
+    return Part(str(where[0]), y.astype(np.int64), array=lambda: np.ascontiguousarray(x)[:, None])
 
 def open_idx(ask: Ask) -> Opened:
     "MNIST or Fashion-MNIST: four files."
     paths = find(ask, [f'{p}-{k}' for p in ('train', 't10k') for k in ('images-idx3-ubyte', 'labels-idx1-ubyte')]) or fetch(ask)
-    return Opened({n: idx_part(lambda: read_idx(a), lambda: read_idx(b), (a, b)) for n, a, b in (('train', *paths[:2]), ('test', *paths[2:]))}, [])
+    part = lambda images, labels: idx_part(read_idx(images), read_idx(labels), (images, labels))
+    return Opened(dict(train=part(*paths[:2]), test=part(*paths[2:])), [])
 
 def open_emnist(ask: Ask) -> Opened:
     "EMNIST balanced: its four IDX files, loose or inside the zip; images are stored transposed (turned by -90 degrees and mirrored)."
@@ -280,7 +297,7 @@ def open_emnist(ask: Ask) -> Opened:
     archive = None if paths else fetch(ask)[0]
     where = paths or [f'{archive}/gzip/{n}.gz' for n in names]
     read = lambda w: read_idx(w) if paths else parse_idx(zip_member(archive, f'gzip/{Path(w).name}'), w)
-    pair = lambda i: idx_part(lambda: read(where[i]), lambda: read(where[i + 1]), where[i:i + 2], lambda x: x.transpose(0, 2, 1))
+    pair = lambda i: idx_part(read(where[i]).transpose(0, 2, 1), read(where[i + 1]), where[i:i + 2])
     return Opened(dict(train=pair(0), test=pair(2)), [])
 
 def zip_member(path: Path, name: str) -> bytes:
@@ -289,7 +306,7 @@ def zip_member(path: Path, name: str) -> bytes:
         with zipfile.ZipFile(path) as z: return z.read(name)
     except BROKEN as e: raise damaged(path, e) from e
 
-# %% ../nbs/00d_data.ipynb #edcf9f4d
+# %% ../nbs/00d_data.ipynb #96bbafd6
 def open_digits(ask: Ask) -> Opened:
     "scikit-learn's 1,797 digits, 8×8, values 0..16 scaled to 0..255."
     from sklearn.datasets import load_digits
@@ -299,7 +316,8 @@ def open_digits(ask: Ask) -> Opened:
 def records(raw: bytes, where, labels: int, n: int) -> np.ndarray:
     "Records of label bytes and 3,072 image bytes; `DataError` if the file was cut."
     size = 3072 + labels
-    if not raw or len(raw) % size or (n and len(raw) != n*size): raise DataError(f'{where} is missing or truncated ({len(raw):,} bytes are not {f"{n:,}" if n else "whole"} records of {size:,}): delete its folder and load it again')
+    if not raw or len(raw) % size or (n and len(raw) != n*size):
+        raise DataError(f'{where} is missing or truncated ({len(raw):,} bytes are not {n or "whole"} records of {size:,}): delete its folder and load it again')
     return np.frombuffer(raw, np.uint8).reshape(-1, size)
 
 def open_cifar(ask: Ask) -> Opened:
@@ -309,13 +327,15 @@ def open_cifar(ask: Ask) -> Opened:
     where = hit or fetch(ask)[0]
     raw = {f: (hit/f).read_bytes() if (hit/f).is_file() else b'' for f in train + test} if hit else tar_members(where, train + test)
     rows = lambda files: [records(raw.get(f, b''), f'{where}/{f}', labels, n) for f in files]
-    part = lambda rs: Part(str(where), np.concatenate([r[:, labels - 1] for r in rs]).astype(np.int64), array=lambda: np.concatenate([r[:, labels:] for r in rs]).reshape(-1, 3, 32, 32))
+    images = lambda rs: np.concatenate([r[:, labels:] for r in rs]).reshape(-1, 3, 32, 32)
+    part = lambda rs: Part(str(where), np.concatenate([r[:, labels - 1] for r in rs]).astype(np.int64), array=functools.partial(images, rs))
     return Opened(dict(train=part(rows(train)), test=part(rows(test))), [])
 
 def tar_members(path: Path, names: list) -> dict:
     "Contents of some files of a tar archive, by file name."
     try:
-        with tarfile.open(path) as t: return {Path(m.name).name: t.extractfile(m).read() for m in t if m.isfile() and Path(m.name).name in names}
+        with tarfile.open(path) as t:
+            return {Path(m.name).name: t.extractfile(m).read() for m in t if m.isfile() and Path(m.name).name in names}
     except BROKEN as e: raise damaged(path, e) from e
 
 def open_svhn(ask: Ask) -> Opened:
@@ -343,7 +363,7 @@ def open_npz(path: Path) -> Opened:
             return Opened({p: npz_part(z, path, p) for p in ('train', 'val', 'test') if f'{p}_images' in z}, [])
     except BROKEN as e: raise damaged(path, e) from e
 
-# %% ../nbs/00d_data.ipynb #263e960d
+# %% ../nbs/00d_data.ipynb #75a5f3e6
 PARTS = dict(train=('train',), val=('val', 'valid', 'validation'), test=('test',))  # our names, and those of folders and shards
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 
@@ -368,22 +388,22 @@ def parquet_cells(files: list, column: str):
         try:
             row = itertools.count()
             for batch in pq.ParquetFile(p, page_checksum_verification=True).iter_batches(256, columns=[column]):
-                for cell in batch.column(0).to_pylist(): yield f'{p}, image {next(row)}', cell['bytes'] if isinstance(cell, dict) else cell
+                for cell in batch.column(0).to_pylist():
+                    yield f'{p}, image {next(row)}', cell['bytes'] if isinstance(cell, dict) else cell
         except (pa.ArrowException, OSError) as e: raise DamagedFile(f'{p} cannot be read as Parquet: {e}') from e
 
 def open_parquet(folder: Path) -> Opened:
     "Parquet shards: train*.parquet and, where present, val*.parquet and test*.parquet."
-    parts = {}
+    parts, names = {}, {}
     for part, files in shards_of(folder).items():
-        image, label, names = columns_of(files[0])
+        image, label, names[part] = columns_of(files[0])
         tables = [load_table(p, [columns_of(p)[1]])[label] for p in files]
         if any(t.null_count for t in tables): raise DataError(f'{files[[t.null_count > 0 for t in tables].index(True)]} has images without a label')
         y = np.concatenate([t.to_numpy() for t in tables]).astype(np.int64)
         parts[part] = Part(str(files[0]), y, functools.partial(parquet_cells, files, image))
-        classes = names if part == 'train' else classes
-    return Opened(parts, classes)
+    return Opened(parts, names['train'])
 
-# %% ../nbs/00d_data.ipynb #2d44bbaa
+# %% ../nbs/00d_data.ipynb #99645f19
 def images_in(folder: Path) -> list:
     "Image files of a class folder, in the order of their names."
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith('.')) if folder.is_dir() else []
@@ -392,7 +412,9 @@ def class_folders(folder: Path) -> list:
     "Names of the class folders in a folder."
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
 
-def path_cells(files: list): return ((str(p), p) for p in files)
+def path_cells(files: list):
+    "(name, path) of image files."
+    return ((str(p), p) for p in files)
 
 def folder_part(folder: Path, classes: list) -> Part:
     "The images of class folders."
@@ -407,9 +429,9 @@ def list_part(path: Path) -> tuple:  # (Part, class names or [])
         if line.strip() and not label.lstrip('-').isdigit(): raise DataError(f'{path}, line {i}: {line[:80]!r} is not "<path> <label>"')
         if line.strip(): files.append(path.parent/name.lstrip('/')), labels.append(int(label))
     if not files: raise DataError(f'{path} names no images')
-    tops = dict(zip(labels, (f.relative_to(path.parent).parts[0] for f in files)))
-    own = len({*zip(labels, (f.relative_to(path.parent).parts[0] for f in files))}) == len(tops) == len(set(tops.values())) and min(tops) == 0 and max(tops) == len(tops) - 1
-    return Part(str(path), np.array(labels), functools.partial(path_cells, files)), [tops[c] for c in sorted(tops)] if own else []
+    pairs = sorted({*zip(labels, (f.relative_to(path.parent).parts[0] for f in files))})
+    own = [c for c, _ in pairs] == list(range(len(pairs))) == list(range(len({top for _, top in pairs})))
+    return Part(str(path), np.array(labels), functools.partial(path_cells, files)), [top for _, top in pairs] if own else []
 
 def part_folders(folder: Path) -> dict:
     "Folders of train, val and test in a folder; a class that happens to be called train is not one."
@@ -425,8 +447,10 @@ def open_folder(folder: Path) -> Opened:
         return Opened({p: part for p, (part, _) in parts.items()}, parts['train'][1])
     classes = class_folders(where['train'])
     for d in where.values():
-        if strange := set(class_folders(d)) - set(classes): raise DataError(f'{d/sorted(strange)[0]}: {where["train"]} has no such class; parts must have the same class folders')
-    if empty := [c for c in classes if not images_in(where['train']/c)]: raise DataError(f'{where["train"]/empty[0]} holds no image ({", ".join(SUFFIXES[:5])}, ...): remove the folder or fill it')
+        if strange := sorted(set(class_folders(d)) - set(classes)):
+            raise DataError(f'{d/strange[0]}: {where["train"]} has no such class; parts must have the same class folders')
+    if empty := [c for c in classes if not images_in(where['train']/c)]:
+        raise DataError(f'{where["train"]/empty[0]} holds no image ({", ".join(SUFFIXES[:5])}, ...): remove the folder or fill it')
     if not classes: raise DataError(f'{folder} holds neither train*.parquet, nor class folders with images, nor a file_list.txt')
     found = Opened({p: folder_part(d, classes) for p, d in where.items()}, classes)
     return pool_cinic(found) if re.sub(r'[\W_]', '', folder.name.lower()).startswith('cinic10') else found
@@ -434,7 +458,8 @@ def open_folder(folder: Path) -> Opened:
 def pool_cinic(found: Opened) -> Opened:
     "CINIC-10: train and valid pooled; of 180,000 images 10,000 are to be cut out again for validation (GaFi)."
     train = found.parts['train'].then(found.parts['val']) if 'val' in found.parts else found.parts['train']
-    return Opened({'train': train, **{k: p for k, p in found.parts.items() if k == 'test'}}, found.classes, round(len(train.labels)*SETS['cinic10'].n_val/SETS['cinic10'].n_train))
+    n_val = round(len(train.labels)*SETS['cinic10'].n_val/SETS['cinic10'].n_train)
+    return Opened({'train': train, **{k: p for k, p in found.parts.items() if k == 'test'}}, found.classes, n_val)
 
 # %% ../nbs/00d_data.ipynb #9a69e511
 def zip_cells(path: Path, members: list):
@@ -467,7 +492,7 @@ def open_omniglot(ask: Ask) -> Opened:
     test, more = zip_part(evaluation, len(classes))
     return Opened(dict(train=train, test=test), classes + more)
 
-# %% ../nbs/00d_data.ipynb #92a99a9e
+# %% ../nbs/00d_data.ipynb #cf091361
 @functools.cache
 def subsets() -> dict:
     "Subsets of ImageNet-1K by name: their source, and index, WordNet id and name of their classes."
@@ -478,30 +503,36 @@ def take_subset(found: Opened, name: str, where) -> Opened:
     rows = subsets()[name]['classes']
     at = {c: i for i, c in enumerate(found.classes)}
     if missing := [r['wnid'] for r in rows if r['wnid'] not in at]:
-        if len(missing) < len(rows) or len(found.classes) != 1000: raise DataError(f'{where} lacks {len(missing)} of the {len(rows)} classes of {name}, such as {missing[0]}; its classes must be WordNet ids, or all 1,000 in ImageNet\'s order')
+        if len(missing) < len(rows) or len(found.classes) != 1000:
+            raise DataError(f'{where} lacks {len(missing)} of the {len(rows)} classes of {name}, such as {missing[0]}; '
+                            "its classes must be WordNet ids, or all 1,000 in ImageNet's order")
         at = {r['wnid']: r['index'] for r in rows}
     new = np.full(len(found.classes), -1)
     new[[at[r['wnid']] for r in rows]] = np.arange(len(rows))
     pick = lambda p: p.only(new[p.labels] >= 0, new[p.labels])
     return Opened({k: pick(p) for k, p in found.parts.items()}, [r['name'] for r in rows], found.n_val)
 
-# %% ../nbs/00d_data.ipynb #00000112
-OPENERS = dict(digits=open_digits, mnist=open_idx, fashion_mnist=open_idx, emnist=open_emnist, cifar10=open_cifar, cifar100=open_cifar, svhn=open_svhn,
-               dermamnist=lambda ask: open_npz(fetch(ask)[0]), eurosat=open_zip_folder, omniglot=open_omniglot, cinic10=fetch)
+# %% ../nbs/00d_data.ipynb #079e3bc2
+OPENERS: dict[str, Callable] = dict(
+    digits=open_digits, mnist=open_idx, fashion_mnist=open_idx, emnist=open_emnist, cifar10=open_cifar,
+    cifar100=open_cifar, svhn=open_svhn, dermamnist=lambda ask: open_npz(fetch(ask)[0]), eurosat=open_zip_folder, omniglot=open_omniglot, cinic10=fetch,
+)
 
 def open_named(ask: Ask) -> Opened:
     "A data set by name: Parquet shards or (where it is distributed so) an image folder in a folder of its name, else its own files."
     own = [p for p in search_path(ask.name, ask.root) if p.name != '.' and p not in tops(ask.root)]
     if shards := next((p for p in own if shards_of(p)), None): return open_parquet(shards)
-    if ask.name in ('eurosat', 'cinic10') and (d := next((p for p in own if p.is_dir() and len(class_folders(p)) > 1), None)):
-        return pool_cinic(open_folder(d)) if ask.name == 'cinic10' and 'val' in part_folders(d) else open_folder(d)
+    folder = next((p for p in own if p.is_dir() and len(class_folders(p)) > 1), None)
+    if folder and ask.name == 'eurosat': return open_folder(folder)
+    if folder and ask.name == 'cinic10': return found if (found := open_folder(folder)).n_val else pool_cinic(found)
     return OPENERS[ask.name](ask)
 
 def open_path(place: str) -> Opened:
     "An `.npz` file, a folder of Parquet shards, or a folder of images."
     path = Path(place).expanduser()
     if path.suffix == '.npz' and path.is_file(): return open_npz(path)
-    if not path.is_dir(): raise SettingError(f'unknown data set {place!r}; {nearest(place, SETS)} (or a folder of images, a folder with train*.parquet, an .npz file)')
+    if not path.is_dir():
+        raise SettingError(f'unknown data set {place!r}; {nearest(place, SETS)} (or a folder of images, a folder with train*.parquet, an .npz file)')
     return open_parquet(path) if shards_of(path) else open_folder(path)
 
 def split_subset(dataset: str) -> tuple:
@@ -526,7 +557,7 @@ def open_set(
     check_set(found, place)
     return found
 
-# %% ../nbs/00d_data.ipynb #0ecf5ce2
+# %% ../nbs/00d_data.ipynb #cbd63c54
 def same_channels(parts: dict, grey: list) -> dict:
     "Arrays of one number of channels: grey parts become RGB where another part has colour."
     c = max(x.shape[1] for x in parts.values())
@@ -544,10 +575,11 @@ def load_arrays(
     found, grey = open_set(dataset, root, download), []
     x = same_channels({k: p.images(size, fit, grey) for k, p in found.parts.items()}, grey)
     if grey: print(f'{dataset}: grey images among coloured ones were made RGB: {", ".join(grey[:3])}{f" and {len(grey) - 3} more" if len(grey) > 3 else ""}')
-    if len({a.shape[1:] for a in x.values()}) > 1: raise DataError(f'{dataset}: parts of several sizes {({k: a.shape[2:] for k, a in x.items()})}; say `size` to bring all to one')
+    if len(set((sizes := {k: a.shape[2:] for k, a in x.items()}).values())) > 1:
+        raise DataError(f'{dataset}: its parts have several sizes ({sizes}); say `size` to bring all to one')
     return {**{k: (a, found.parts[k].labels) for k, a in x.items()}, 'classes': found.classes, **({'n_val': found.n_val} if found.n_val else {})}
 
-# %% ../nbs/00d_data.ipynb #2c4f6207
+# %% ../nbs/00d_data.ipynb #5c676b10
 def stand_in(
     dataset: str,  # a name of `SETS`, or a folder (if it is there, its classes and shape are used)
     n: int,  # images per class
@@ -555,8 +587,9 @@ def stand_in(
     size: int | None = None,  # side in pixels; None = as the data set's
 ) -> dict:  # as `load_arrays`
     "Random images of a data set's shape, brightness by class."
-    if dataset in SETS or not Path(split_subset(dataset)[0]).expanduser().exists(): shape, classes = (spec := SETS.get(dataset, SETS['digits'])).shape, spec.names
-    else: shape, classes = (found := open_set(dataset)).parts['train'].shape(), found.classes
+    spec = SETS.get(dataset, SETS['digits'])
+    shape, classes = spec.shape, spec.names
+    if dataset not in SETS and Path(split_subset(dataset)[0]).expanduser().exists(): shape, classes = (f := open_set(dataset)).parts['train'].shape(), f.classes
     y = np.arange(len(classes)).repeat(n)
     shape = (shape[0], size or shape[1], size or shape[2])
     x = rng(seed, 'smoke').integers(0, 128, (len(y), *shape)) + (y % 10*12)[:, None, None, None]

@@ -9,20 +9,21 @@ __all__ = ['SPLITS_PRESETS', 'SplitsConfig', 'load_data', 'stratified', 'sources
            'image_table', 'fewshot_parts', 'export_split', 'import_part', 'import_split', 'known_labels', 'labels_at',
            'data_facts', 'work_splits', 'recipe_of', 'shared_images', 'run_splits', 'show_parts']
 
-# %% ../nbs/01_splits.ipynb #a4abb791
+# %% ../nbs/01_splits.ipynb #2263b614
 import functools, json, os, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, pyarrow as pa, torch
-from .core import DamagedFile, SettingError, Stage, digest, file_digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, rng, said, save_json, save_table, save_tensors, show_grid, take_lock
+from .core import (DamagedFile, SettingError, Stage, digest, file_digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, rng,
+                           said, save_json, save_table, save_tensors, show_grid, take_lock)
 from .data import SETS, DataError, decode, decode_all, encode, load_arrays, open_set, parquet_cells, safe_name, split_subset, stand_in
 
-# %% ../nbs/01_splits.ipynb #87bd6e93
+# %% ../nbs/01_splits.ipynb #fc57e373
 @dataclass
 class SplitsConfig:
     "Settings of the splits stage."
-    dataset: str = 'digits'  # digits, mnist, fashion_mnist, emnist, cifar10, cifar100, cinic10, dermamnist, eurosat, omniglot, svhn; a folder of images or Parquet shards; an .npz file; FOLDER:imagenette (an ImageNet subset)
+    dataset: str = 'digits'  # a name of `synthlit.data.SETS`; a folder of images or Parquet shards; an .npz file; FOLDER:imagenette (a subset of ImageNet)
     root: str = ''  # where to look first; '' = $SYNTHLIT_DATA, the system's data sets, then the download cache
     download: bool = True  # may missing files be downloaded?
     size: Annotated[int | None, (4, 1024)] = None  # side of the images in pixels; None = as they are
@@ -30,29 +31,38 @@ class SplitsConfig:
     val: Annotated[float | None, (0.01, 0.5)] = None  # share of the training images for val; None = the data set's own val, else as many as test has
     test: Annotated[float | None, (0.05, 0.5)] = None  # share for test; None = the data set's own test, else 0.2
     per_class: Annotated[int | None, (2, None)] = None  # keep only this many training images of each class
-    fewshot: Literal['disjoint', 'published'] = 'disjoint'  # few-shot protocol: supports, valid and test without overlap, or as in arXiv 2203.16662 (supports inside valid)
+    fewshot: Literal['disjoint', 'published'] = 'disjoint'  # protocol: supports, valid, test without overlap; or arXiv 2203.16662 (supports inside valid)
     novel: Annotated[int, (1, None)] = 3  # classes kept apart as novel for few-shot work
     k: Annotated[int, (1, None)] = 5  # supports per novel class
     seed: Annotated[int, (0, None)] = 0  # of the cut, the class split and the supports
     smoke: Annotated[int, (0, None)] = 0  # > 0: random stand-in images of the data set's shape, this many per class
     def check(self, facts: dict):
         "Refuse what the data cannot give."
-        if self.novel >= facts['classes']: raise SettingError(f'splits.novel = {self.novel}: {self.dataset} has {facts["classes"]} classes, at least one must stay base')
-        if self.k > facts['supports']: raise SettingError(f'splits.k = {self.k}: the smallest class of the training split has about {facts["supports"]} images')
-        if self.fit == 'pad' and self.size is None: raise SettingError("splits.fit = 'pad' needs splits.size, the side to pad to")
-        if self.fit == 'pad' and self.size < max(facts['stored']): raise SettingError(f"splits.size = {self.size}: images of {facts['stored'][1]}×{facts['stored'][0]} pixels cannot be padded to it; use fit = 'resize' or a larger size")
-        if self.test and facts['own_test'] and self.fewshot != 'published': raise SettingError(f'splits.test = {self.test}: {self.dataset} has a test split of its own; leave the setting out')
-        if self.fewshot == 'published' and (self.test or self.per_class): raise SettingError(f"splits.fewshot = 'published' decides itself what is test and keeps all of the base classes; leave out splits.{'test' if self.test else 'per_class'}")
+        def no(name, why): raise SettingError(f'splits.{name} = {getattr(self, name)!r}{why}')
+        if self.novel >= facts['classes']: no('novel', f': {self.dataset} has {facts["classes"]} classes, at least one must stay base')
+        if self.k > facts['supports']: no('k', f': the smallest class of the training split has about {facts["supports"]} images')
+        if self.fit == 'pad' and self.size is None: no('fit', ' needs splits.size, the side to pad to')
+        if self.fit == 'pad' and self.size < max(facts['stored']):
+            no('size', f": images of {facts['stored'][1]}×{facts['stored'][0]} pixels cannot be padded to it; use fit = 'resize' or a larger size")
+        if self.fewshot == 'published' and (self.test or self.per_class):
+            no('fewshot', f' decides itself what is test and keeps all of the base classes; leave out splits.{"test" if self.test else "per_class"}')
+        if self.test and facts['own_test'] and self.fewshot != 'published': no('test', f': {self.dataset} has a test split of its own; leave the setting out')
 
 SPLITS_PRESETS = dict(
-    tiny=dict(),
-    digits=dict(),
+    tiny={},
+    digits={},
     fashion_mnist=dict(dataset='fashion_mnist'),
     mnist=dict(dataset='mnist'),
     cifar10=dict(dataset='cifar10'),
-    **{f'gafi_{d}': dict(dataset=d, **more) for d, more in dict(cifar10={}, cifar100={}, cinic10={}, fashion_mnist=dict(size=32, fit='pad'), dermamnist=dict(size=32)).items()},  # arXiv 2305.10118
-    **{f'{d}_fewshot': dict(dataset=d, fewshot='published', **more) for d, more in dict(emnist=dict(size=32, novel=10, k=5), omniglot=dict(size=32, novel=212, k=5), cifar100=dict(novel=20, k=50)).items()},
-)  # arXiv 2203.16662; how many classes of CIFAR-100 are novel there is not published: 20 is ours
+    gafi_cifar10=dict(dataset='cifar10'),  # gafi_...: arXiv 2305.10118
+    gafi_cifar100=dict(dataset='cifar100'),
+    gafi_cinic10=dict(dataset='cinic10'),
+    gafi_fashion_mnist=dict(dataset='fashion_mnist', size=32, fit='pad'),
+    gafi_dermamnist=dict(dataset='dermamnist', size=32),
+    emnist_fewshot=dict(dataset='emnist', size=32, fewshot='published', novel=10, k=5),  # ..._fewshot: arXiv 2203.16662
+    omniglot_fewshot=dict(dataset='omniglot', size=32, fewshot='published', novel=212, k=5),
+    cifar100_fewshot=dict(dataset='cifar100', fewshot='published', novel=20, k=50),  # how many are novel there is not published: 20 is ours
+)
 
 # %% ../nbs/01_splits.ipynb #93e8590a
 def load_data(cfg: SplitsConfig) -> dict:
@@ -60,7 +70,7 @@ def load_data(cfg: SplitsConfig) -> dict:
     if cfg.smoke: return stand_in(cfg.dataset, cfg.smoke, cfg.seed, cfg.size)
     return load_arrays(cfg.dataset, cfg.root, cfg.download, cfg.size, cfg.fit)
 
-# %% ../nbs/01_splits.ipynb #46a0fc7e
+# %% ../nbs/01_splits.ipynb #03454660
 def stratified(
     labels: np.ndarray,  # of all images
     n: int,  # how many to take out
@@ -73,7 +83,8 @@ def stratified(
     take = np.floor(want).astype(int)
     take[np.argsort(take - want, kind='stable')[:n - take.sum()]] += 1
     short = np.flatnonzero((counts == 1) | ((take >= counts) & (counts > 0)))
-    if len(short): raise SettingError(f'{n} images cannot be held out of {len(labels)} so that each part has each class: class {short[0]} has only {counts[short[0]]}; give it more images or leave it out')
+    if len(short): raise SettingError(f'{n} images cannot be held out of {len(labels)} so that each part has each class: '
+                                      f'class {short[0]} has only {counts[short[0]]}; give it more images or leave it out')
     out = [np.flatnonzero(labels == c)[rng(seed, stream, c).permutation(counts[c])[:take[c]]] for c in range(len(counts))]
     out = np.sort(np.concatenate(out))
     return out, np.setdiff1d(np.arange(len(labels)), out)
@@ -270,7 +281,7 @@ def open_test(
     finally: lock.release()
     return read_part(folder, 'test')
 
-# %% ../nbs/01_splits.ipynb #3d5cbc06
+# %% ../nbs/01_splits.ipynb #fbdecb1a
 def image_table(s: Split) -> pa.Table:
     "Images and labels as a Parquet table in the Hugging Face image-classification layout."
     info = dict(info=dict(features=dict(image={'_type': 'Image'}, label={'_type': 'ClassLabel', 'names': s.classes})))
@@ -302,7 +313,8 @@ def export_split(
         path = Path(to)/f'{stem}-{part}.parquet'
         save_table(path, image_table(s))
         files[part] = dict(file=path.name, sha256=file_digest(path), digest=s.digest, saw=list(s.saw), images=len(s))
-    save_json(Path(to)/f'{stem}.json', dict(name=r['name'], cut=r['cut'], classes=r['classes'], parts=files, recipe=r['recipe'], base=fs['base'], novel=fs['novel'], k=k, every=every))
+    meta = dict(name=r['name'], cut=r['cut'], classes=r['classes'], parts=files, recipe=r['recipe'], base=fs['base'], novel=fs['novel'], k=k, every=every)
+    save_json(Path(to)/f'{stem}.json', meta)
     return Path(to)/f'{stem}.json'
 
 def import_part(path: Path, row: dict, meta: dict) -> Split:
@@ -319,7 +331,7 @@ def import_split(path) -> dict:  # part -> Split
     meta = load_json(path)
     return {part: import_part(Path(path).parent/row['file'], row, meta) for part, row in meta['parts'].items()}
 
-# %% ../nbs/01_splits.ipynb #6cf50b4b
+# %% ../nbs/01_splits.ipynb #c7f16734
 def known_labels(cfg: SplitsConfig) -> tuple:
     "(labels by part, number of classes, stored shape, n_val) of a data set, without its images; named sets are taken as balanced and not opened."
     if cfg.dataset in SETS and not cfg.smoke:
@@ -327,7 +339,9 @@ def known_labels(cfg: SplitsConfig) -> tuple:
         own_val = s.n_val if cfg.dataset == 'dermamnist' else 0
         sizes = dict(train=s.n_train, val=own_val, test=s.n_test)
         return {p: np.arange(n) % len(s.names) for p, n in sizes.items() if n}, len(s.names), s.shape, 0 if own_val else s.n_val
-    if cfg.smoke: return (lambda d: (dict(train=d['train'][1]), len(d['classes']), d['train'][0].shape[1:], 0))(stand_in(cfg.dataset, cfg.smoke, cfg.seed, cfg.size))
+    if cfg.smoke:
+        few = stand_in(cfg.dataset, 1, cfg.seed, cfg.size)
+        return dict(train=few['train'][1].repeat(cfg.smoke)), len(few['classes']), few['train'][0].shape[1:], 0
     path = Path(split_subset(cfg.dataset)[0]).expanduser()
     return labels_at(cfg.dataset, path.stat().st_mtime_ns if path.exists() else 0)
 
@@ -347,10 +361,10 @@ def data_facts(cfg: SplitsConfig) -> dict:
     rows = cut_labels(ys, cfg, n_val) if cfg.novel < classes else cut_labels(ys, SplitsConfig(), n_val)
     train = np.bincount(ys['train'][rows['train'][1]], minlength=classes)
     shape = (stored[0], cfg.size or stored[1], cfg.size or stored[2])
-    return dict({f'n_{k}': len(i) for k, (_, i) in rows.items()}, smallest=int(train.min()), supports=most or int(train.min()), classes=classes, shape=tuple(shape), stored=tuple(stored[1:]),
-                own_test='test' in given, novel=cfg.novel)
+    return dict({f'n_{k}': len(i) for k, (_, i) in rows.items()}, smallest=int(train.min()), supports=most or int(train.min()), classes=classes,
+                shape=tuple(shape), stored=tuple(stored[1:]), own_test='test' in given, novel=cfg.novel)
 
-# %% ../nbs/01_splits.ipynb #880500b9
+# %% ../nbs/01_splits.ipynb #86876872
 def work_splits(cfg: SplitsConfig, facts: dict) -> dict:
     "Rough work of the stage: bytes written."
     return dict(disk=(facts['n_train'] + facts['n_val'] + facts['n_test'])*int(np.prod(facts['shape'])))
@@ -374,14 +388,15 @@ def run_splits(stage: Stage) -> dict:
     for k, s in parts.items(): save_split(stage.dir, k, s)
     save_json(stage.dir/'fewshot.json', fs)
     s = parts['train']
+    counts = {k: torch.bincount(p.labels, minlength=len(s.classes)).tolist() for k, p in parts.items()}
     result = dict(dataset=cfg.dataset, name=name_of(cfg), shape=list(s.images.shape[1:]), classes=s.classes, sizes={k: len(p) for k, p in parts.items()},
-                  counts={k: torch.bincount(p.labels, minlength=len(s.classes)).tolist() for k, p in parts.items()}, digests={k: p.digest for k, p in parts.items()},
-                  cut=s.cut, novel=fs['novel'], protocol=cfg.fewshot, smoke=bool(cfg.smoke), recipe=recipe_of(cfg))
-    if cfg.fewshot == 'published': print(f'published few-shot protocol: {cfg.k*cfg.novel} supports are also in val (of its {len(fs["valid"]):,} images of novel classes); choices made on val are flattered')
+                  counts=counts, digests={k: p.digest for k, p in parts.items()}, cut=s.cut, novel=fs['novel'], protocol=cfg.fewshot,
+                  smoke=bool(cfg.smoke), recipe=recipe_of(cfg))
+    if 'valid' in fs: print(f'published few-shot protocol: val has the {len(fs["supports"]):,} supports among its {len(fs["valid"]):,} images of novel classes')
     stage.finish(result, cuts={s.name.split('/')[0]: s.cut})
     return result
 
-# %% ../nbs/01_splits.ipynb #ade75733
+# %% ../nbs/01_splits.ipynb #5a29d7a6
 def show_parts(
     counts: dict,  # part -> images per class
     strips: dict,  # part -> Split to show images of
@@ -394,7 +409,7 @@ def show_parts(
     for i, (part, n) in enumerate(counts.items()):
         ax[0, i].bar(range(len(n)), n, 1 if len(n) > 60 else .8, color=f'C{i}')
         ax[0, i].set_title(f'{title} {part}: {sum(n):,}', fontsize=9); ax[0, i].tick_params(labelsize=7)
-        if len(n) <= 12: ax[0, i].set_xticks(range(len(n)), [str(c)[:11] for c in classes], rotation=60 if max(map(len, map(str, classes))) > 2 else 0, fontsize=6)
+        if len(n) <= 12: ax[0, i].set_xticks(range(len(n)), [c[:11] for c in classes], rotation=60 if max(map(len, classes)) > 2 else 0, fontsize=6)
         ax[1, i].axis('off')
         if (s := strips.get(part)) is None: ax[1, i].text(.5, .5, 'sealed', ha='center', va='center', transform=ax[1, i].transAxes); continue
         x = s.images[torch.linspace(0, len(s) - 1, 8).long()].permute(2, 0, 3, 1)

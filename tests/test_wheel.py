@@ -57,8 +57,9 @@ def site(wheel) -> Path:
 def test_the_wheel_carries_notebooks_and_parameters(wheel):
     """Everything that a run reads, once; no tests."""
     names = zipfile.ZipFile(wheel).namelist()
-    for p in [*notebooks_dir().glob("*.ipynb"), *(notebooks_dir() / "params").glob("*.yaml")]:
-        assert names.count(f"synthlit/nbs/{p.relative_to(notebooks_dir())}") == 1, p
+    nbs = notebooks_dir()
+    for p in [*nbs.glob("*.ipynb"), *(nbs / "params").glob("*.yaml"), *(nbs / "data").glob("*.json")]:
+        assert names.count(f"synthlit/nbs/{p.relative_to(nbs)}") == 1, p
     assert {n.split("/")[0] for n in names} == {"synthlit", next(n.split("/")[0] for n in names if ".dist-info/" in n)}
     assert not [n for n in names if "test" in n.lower() or "ipynb_checkpoints" in n]
 
