@@ -6,10 +6,10 @@
 __all__ = ['SPLITS_PRESETS', 'SplitsConfig', 'load_data', 'stratified', 'sources', 'some_of', 'cut_labels', 'published_fewshot',
            'published_cut', 'Split', 'merge', 'pooled', 'name_of', 'cut_data', 'fewshot_split', 'published_positions',
            'fewshot_of', 'kshot', 'save_split', 'load_split', 'read_part', 'ledger_path', 'openings', 'open_test',
-           'image_table', 'fewshot_parts', 'export_split', 'import_part', 'import_split', 'known_labels', 'labels_at',
-           'data_facts', 'work_splits', 'recipe_of', 'shared_images', 'run_splits', 'show_parts']
+           'image_table', 'fewshot_parts', 'export_split', 'import_part', 'import_split', 'known_labels', 'changed',
+           'labels_at', 'data_facts', 'work_splits', 'recipe_of', 'shared_images', 'run_splits', 'show_parts']
 
-# %% ../nbs/01_splits.ipynb #2263b614
+# %% ../nbs/01_splits.ipynb #31cd888d
 import functools, json, os, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import numpy as np, pyarrow as pa, torch
 from .core import (DamagedFile, SettingError, Stage, digest, file_digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, rng,
                            said, save_json, save_table, save_tensors, show_grid, take_lock)
-from .data import SETS, DataError, decode, decode_all, encode, load_arrays, open_set, parquet_cells, safe_name, split_subset, stand_in
+from .data import PARTS, SETS, DataError, decode, decode_all, encode, load_arrays, open_set, parquet_cells, safe_name, split_subset, stand_in
 
 # %% ../nbs/01_splits.ipynb #fc57e373
 @dataclass
@@ -331,7 +331,7 @@ def import_split(path) -> dict:  # part -> Split
     meta = load_json(path)
     return {part: import_part(Path(path).parent/row['file'], row, meta) for part, row in meta['parts'].items()}
 
-# %% ../nbs/01_splits.ipynb #c7f16734
+# %% ../nbs/01_splits.ipynb #36ef5e6b
 def known_labels(cfg: SplitsConfig) -> tuple:
     "(labels by part, number of classes, stored shape, n_val) of a data set, without its images; named sets are taken as balanced and not opened."
     if cfg.dataset in SETS and not cfg.smoke:
@@ -342,11 +342,16 @@ def known_labels(cfg: SplitsConfig) -> tuple:
     if cfg.smoke:
         few = stand_in(cfg.dataset, 1, cfg.seed, cfg.size)
         return dict(train=few['train'][1].repeat(cfg.smoke)), len(few['classes']), few['train'][0].shape[1:], 0
-    path = Path(split_subset(cfg.dataset)[0]).expanduser()
-    return labels_at(cfg.dataset, path.stat().st_mtime_ns if path.exists() else 0)
+    return labels_at(cfg.dataset, changed(Path(split_subset(cfg.dataset)[0]).expanduser()))
+
+def changed(path: Path) -> tuple:
+    "When a file or folder, its children, and the class folders of its parts were last changed."
+    near = [path, *(sorted(path.iterdir()) if path.is_dir() else [])]
+    near += [q for p in near[1:] if p.is_dir() and p.name in sum(PARTS.values(), ()) for q in sorted(p.iterdir())]
+    return tuple(p.stat().st_mtime_ns for p in near if p.exists())
 
 @functools.lru_cache(8)
-def labels_at(dataset: str, changed: int) -> tuple:
+def labels_at(dataset: str, when: tuple) -> tuple:
     "As `known_labels`, of a folder or file; a chain of ten stages asks ten times."
     found = open_set(dataset)
     return {k: p.labels for k, p in found.parts.items()}, len(found.classes), found.parts['train'].shape(), found.n_val
