@@ -9,11 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms as T
 
-from synthlit.augment import shift_flip
-from synthlit.classifier import CPU, to_device
+from synthlit.augment import Augment, augment_batch
 from synthlit.core import rng
 from synthlit.metrics import frechet_distance, prdc
+from synthlit.networks import build_net
 
 WIDTH = (34, 44, 12, 12, 8)
 
@@ -99,37 +102,58 @@ def bench_prdc(n: int, d: int = 64):
     row("  peak memory, MB", "", f"{memory[0]:.0f}", f"{memory[1]:.0f}", f"{memory[1] / max(memory[0], 1):.1f}x")
 
 
-def bench_input(n: int = 10000, batch: int = 128):
-    """Classifier input: random shift and flip, to floats in [-1, 1], in batches, one epoch of 28 x 28 grey images."""
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms as T
+class InMemory(torch.utils.data.Dataset):
+    """As torchvision's own data sets hand out their images: from an array, through PIL and one transform after the other."""
 
-    images = torch.from_numpy(rng(0, "bench.images").integers(0, 256, (n, 1, 28, 28)).astype(np.uint8))
-    labels = torch.zeros(n, dtype=torch.int64)
+    def __init__(self, images, labels):
+        side = images.shape[2]
+        self.images, self.labels = images.permute(0, 2, 3, 1).squeeze(3).numpy(), labels
+        self.transform = T.Compose(
+            [T.RandomCrop(side, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize([0.5] * images.shape[1], [0.5] * images.shape[1])]
+        )
 
-    class InMemory(Dataset):
-        """As torchvision's MNIST hands out its images: from an array, through PIL."""
+    def __len__(self):
+        return len(self.labels)
 
-        transform = T.Compose([T.RandomCrop(28, padding=1), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(0.5, 0.5)])
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
 
-        def __len__(self):
-            return n
 
-        def __getitem__(self, i):
-            return self.transform(Image.fromarray(images[i, 0].numpy())), labels[i]
+def ours_input(images, labels, batch: int):
+    """One epoch of floats from a tensor."""
+    order = torch.from_numpy(rng(0, "classifier.order").permutation(len(images)))
+    for step, rows in enumerate(order.split(batch)):
+        yield augment_batch(images[rows], Augment(shift=4, flip=True), 0, step), labels[rows]
 
-    def ours():
-        order = torch.from_numpy(rng(0, "classifier.order").permutation(n))
-        for step, rows in enumerate(order.split(batch)):
-            to_device(shift_flip(images[rows], 1, True, rng(0, "augment", step)), CPU), labels[rows]
 
-    def theirs():
-        for _ in DataLoader(InMemory(), batch, shuffle=True, num_workers=0):
-            pass
+def step_on(net):
+    """One SGD step, the same for both."""
+    opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True)
 
-    a, b = best_of(ours), best_of(theirs)
-    row("classifier input, images/s", "torchvision transforms, DataLoader, 0 workers", f"{n / a:,.0f}", f"{n / b:,.0f}", f"{b / a:.1f}x")
+    def step(x, y):
+        opt.zero_grad(set_to_none=True)
+        F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last)), y).backward()
+        opt.step()
+
+    return step
+
+
+def bench_input(name: str, shape: tuple, what: str, net=None, n: int = 5000, batch: int = 128):
+    """Classifier input (crop of the image padded by 4, flip, to [-1, 1]), alone or with a training step of one network; the peer's loader at its best of 0, 1 and 2 workers."""
+    images = torch.from_numpy(rng(0, "bench.images").integers(0, 256, (n, *shape), dtype=np.uint8))
+    labels = torch.from_numpy(rng(0, "bench.labels").integers(0, 10, n))
+    step = step_on(net.to(memory_format=torch.channels_last)) if net else lambda x, y: None
+
+    def once(source):
+        for x, y in source:
+            step(x, y)
+
+    def peer(workers):
+        return best_of(lambda: once(torch.utils.data.DataLoader(InMemory(images, labels), batch, shuffle=True, num_workers=workers)))
+
+    a = best_of(lambda: once(ours_input(images, labels, batch)))
+    b, workers = min((peer(w), w) for w in (0, 1, 2))
+    row(f"{name} {what}, images/s", f"torchvision, PIL, {workers} workers (best of 0-2)", f"{n / a:,.0f}", f"{n / b:,.0f}", f"{b / a:.2f}x")
 
 
 if __name__ == "__main__":
@@ -140,4 +164,7 @@ if __name__ == "__main__":
     bench_frechet(2000, 512)
     bench_frechet(2000, 2048)
     bench_prdc(5000)
-    bench_input()
+    for name, shape in (("28x28x1", (1, 28, 28)), ("32x32x3", (3, 32, 32))):
+        bench_input(name, shape, "input alone")
+        bench_input(name, shape, "+ step, fast", build_net("fast", shape[0], 10), n=1280)
+        bench_input(name, shape, "+ step, resnet20", build_net("resnet20", shape[0], 10, 16), n=640)
