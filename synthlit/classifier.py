@@ -331,7 +331,7 @@ def cas(source, recipe: ClassifierConfig, classes: list, steps: int, test: Split
     "Classification accuracy score: accuracy on real images of a classifier trained only on `source` (1905.10887). Hand in val while choosing."
     return train_classifier(source, recipe, classes, steps, **kw).accuracy(test)
 
-# %% ../nbs/02_classifier.ipynb #d7a72287
+# %% ../nbs/02_classifier.ipynb #5831772a
 def confusion(c: Classifier, split: Split) -> torch.Tensor:
     "classes×classes counts: row = true class, column = predicted."
     n = len(c.classes)
@@ -351,6 +351,6 @@ def run_classifier(stage: Stage) -> dict:
     c.save(stage.dir/'classifier.safetensors')
     m = confusion(c, val)
     result = dict(steps=steps, val_accuracy=c.accuracy(val), recall=(m.diag()/m.sum(1)).tolist(), n_train=len(train))
-    stage.saw = [train.digest]
+    stage.saw = list(train.saw)
     stage.finish(result)
     return result

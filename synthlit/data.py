@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TEN', 'FASHION', 'CIFAR10', 'CIFAR100', 'EMNIST', 'EUROSAT', 'DERMA', 'SETS', 'RAW', 'CIFAR_FILES', 'OTHER', 'BROKEN',
            'PARTS', 'SUFFIXES', 'OPENERS', 'DataError', 'DataSpec', 'Ask', 'tops', 'search_path', 'remote', 'download',
-           'find', 'fetch', 'planes', 'decode', 'picture', 'encode', 'fit_image', 'decode_all', 'fit_array',
-           'dequantise', 'Part', 'Opened', 'safe_name', 'check_names', 'check_set', 'damaged', 'parse_idx', 'read_idx',
-           'idx_part', 'open_idx', 'open_emnist', 'zip_member', 'open_digits', 'records', 'open_cifar', 'tar_members',
-           'open_svhn', 'npz_part', 'open_npz', 'shards_of', 'columns_of', 'parquet_cells', 'open_parquet', 'images_in',
+           'find', 'fetch', 'planes', 'decode', 'picture', 'encode', 'fit_image', 'decode_all', 'fit_array', 'Part',
+           'Opened', 'safe_name', 'check_names', 'check_set', 'damaged', 'parse_idx', 'read_idx', 'idx_part',
+           'open_idx', 'open_emnist', 'zip_member', 'open_digits', 'records', 'open_cifar', 'tar_members', 'open_svhn',
+           'npz_part', 'open_npz', 'shards_of', 'columns_of', 'parquet_cells', 'open_parquet', 'images_in',
            'class_folders', 'path_cells', 'folder_part', 'list_part', 'part_folders', 'open_folder', 'pool_cinic',
            'zip_cells', 'zip_part', 'open_zip_folder', 'open_omniglot', 'subsets', 'take_subset', 'open_named',
            'open_path', 'split_subset', 'open_set', 'same_channels', 'load_arrays', 'stand_in']
@@ -199,15 +199,6 @@ def fit_array(x: np.ndarray, size: int | None, fit: str) -> np.ndarray:
     out = np.empty((*x.shape[:2], size, size), np.uint8)
     for i, a in enumerate(x): out[i] = fit_image(a, size, fit)
     return out
-
-# %% ../nbs/00d_data.ipynb #eff47bef
-def dequantise(
-    x,  # float tensor in [-1, 1], from uint8 by x/127.5 - 1
-    seed: int,  # address
-    step: int,  # address
-):  # the same shape, each value moved within its bin
-    "Uniform noise of one bin's width (GaFi's `dequantize`)."
-    return x + torch.from_numpy(rng(seed, 'data.dequantise', step).random(tuple(x.shape), np.float32)).to(x.device, x.dtype)/127.5
 
 # %% ../nbs/00d_data.ipynb #c374da90
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def test_bad_parquet(tmp_path):
 
 def test_a_named_data_set_is_not_taken_for_another(tmp_path):
     """SYNTHLIT_DATA (or root) that points at one data set must not be loaded under another's name."""
-    from synthlit.generate import encode
+    from synthlit.data import encode
 
     save_table(
         tmp_path / "train-00000.parquet", {"image": [encode(torch.zeros(3, 32, 32, dtype=torch.uint8))] * 40, "label": [i % 4 for i in range(40)]}

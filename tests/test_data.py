@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from synthlit.core import DamagedFile, SettingError, save_table
-from synthlit.data import SETS, DataError, decode, encode, fit_image, load_arrays, open_set, remote, safe_name, stand_in, subsets
-from synthlit.generate import safe_name as folder_name
+from synthlit.data import SETS, DataError, decode, encode, fit_image, load_arrays, open_set, remote, stand_in, subsets
 
 RNG = np.random.Generator(np.random.Philox(1))
 
@@ -377,11 +376,6 @@ def test_class_names_that_share_a_folder(tmp_path, names, words):
     write_folder(tmp_path, images(len(names)), names)
     with pytest.raises(DataError, match=words):
         load_arrays(str(tmp_path))
-
-
-def test_class_names_are_safe_in_the_way_that_folders_are_written():
-    for name in ("a/b", "..", "T-shirt", "x y", "\u00e9t\u00e9", "a\nb", ""):
-        assert safe_name(name) == folder_name(name)
 
 
 # ---- Parquet

@@ -210,7 +210,7 @@ def keep_best(s: GanState, step: int, stage: Stage, val: Split, classifier, trai
     stage.history.log(step, **seen)
     if seen['frechet'] < best: g.save(stage.dir)
 
-# %% ../../nbs/03b_gan_training.ipynb #2df1ce84
+# %% ../../nbs/03b_gan_training.ipynb #4da23eba
 def work_gan(cfg: GanConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     total = cfg.total(facts['n_train'])
@@ -239,6 +239,6 @@ def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list)
     rows = [r for r in stage.history.rows if r.get('frechet') is not None]
     best = min(rows, key=lambda r: r['frechet'])
     result = dict(steps=total, best_step=best['step'], frechet=best['frechet'], agreement=best['agreement'], trained=labels, n_train=len(part), digest=load_generator(stage.dir).digest)
-    stage.saw = [part.digest]
+    stage.saw = list(part.saw)
     stage.finish(result)
     return result
