@@ -57,7 +57,8 @@ def affine(
     "Rotate, zoom and crop each image by its own amounts, sampled once."
     n, dev = len(x), x.device
     a, z = uniform(r, -rotate, rotate, n, device=dev)*math.pi/180, uniform(r, 1 - zoom, 1 + zoom, n, device=dev)
-    h, w, cy, cx = crop_box(n, area, r, dev) if area else (torch.ones(n, device=dev), torch.ones(n, device=dev), torch.zeros(n, device=dev), torch.zeros(n, device=dev))
+    h, w, cy, cx = crop_box(n, area, r, dev) if area else (
+        torch.ones(n, device=dev), torch.ones(n, device=dev), torch.zeros(n, device=dev), torch.zeros(n, device=dev))
     m = torch.stack([a.cos()*z*w, -a.sin()*z*h, cx, a.sin()*z*w, a.cos()*z*h, cy], 1).view(n, 2, 3)
     grid = F.affine_grid(m, list(x.shape), align_corners=False)
     return F.grid_sample(x - fill, grid, align_corners=False).add_(fill)

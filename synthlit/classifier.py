@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, pack, preset_of, resolve, restore_optimizer, rng, said, save_tensors
+from .core import (
+    Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, pack, preset_of, resolve,
+    restore_optimizer, rng, said, save_tensors)
 from .augment import Augment, augment_batch, mix_batch, to_float
 from .networks import build_net
 from .splits import Split, load_split
@@ -36,7 +38,7 @@ class ClassifierConfig(Augment):
     beta2: Annotated[float, (0, 0.99999)] = 0.999  # second beta of adam and adamw
     weight_decay: Annotated[float, (0, 1)] = 5e-4  # pull of the weights to zero
     schedule: Literal['one_cycle', 'multistep', 'cosine', 'constant'] = 'one_cycle'  # course of the learning rate
-    milestones: list[Annotated[int, (1, None)]] = field(default_factory=lambda: [60, 80])  # multistep: epochs (counted from 1) at whose start the rate falls
+    milestones: list[Annotated[int, (1, None)]] = field(default_factory=lambda: [60, 80])  # multistep: epochs (from 1) at whose start the rate falls
     gamma: Annotated[float, (0, 1)] = 0.1  # multistep: factor of each fall
     warmup: Annotated[float, (0, None)] = 0.0  # epochs of linear climb from a hundredth of a per cent of lr (not for one_cycle, which has its own)
     smoothing: Annotated[float, (0, 0.9)] = 0.1  # label smoothing
@@ -48,7 +50,8 @@ class ClassifierConfig(Augment):
     seed: Annotated[int, (0, None)] = 0  # of weights, order and augmentation
     def check(self, facts: dict):
         "Refuse what the data cannot give."
-        if self.batch > facts['n_train']: raise SettingError(f'classifier.batch = {self.batch}: the training split has only {facts["n_train"]} images')
+        if self.batch > facts['n_train']:
+            raise SettingError(f'classifier.batch = {self.batch}: the training split has only {facts["n_train"]} images')
 
 CLASSIFIER_PRESETS = dict(
     # one row a data set
@@ -60,9 +63,15 @@ CLASSIFIER_PRESETS = dict(
     smoke=dict(width=4, steps=2, batch=4),
     # one row a recipe
     fast=dict(network='fast', epochs=12, flip=True, shift=2, ema=0.99, tta=True),
-    gafi=dict(network='resnet20', width=64, epochs=100, optimizer='sgdw', lr=0.1, weight_decay=1e-4, schedule='multistep', milestones=[60, 80], smoothing=0., shift=4, fill=128, flip=True, erase=True, keep='best'),
-    fewshot=dict(network='resnet18', epochs=200, batch=64, optimizer='adamw', lr=2e-4, weight_decay=0., schedule='constant', smoothing=0., shift=0, crop_area=1., keep='best'),
-    realfake=dict(network='timm:resnet50', epochs=200, batch=512, lr=0.1, weight_decay=5e-4, schedule='multistep', milestones=[51, 101, 151], gamma=0.2, warmup=5., shift=0, flip=True, crop_area=0.08, jitter=0.4, precision='bf16'),
+    gafi=dict(
+        network='resnet20', width=64, epochs=100, optimizer='sgdw', lr=0.1, weight_decay=1e-4, schedule='multistep', milestones=[60, 80],
+        smoothing=0., shift=4, fill=128, flip=True, erase=True, keep='best'),
+    fewshot=dict(
+        network='resnet18', epochs=200, batch=64, optimizer='adamw', lr=2e-4, weight_decay=0., schedule='constant',
+        smoothing=0., shift=0, crop_area=1., keep='best'),
+    realfake=dict(
+        network='timm:resnet50', epochs=200, batch=512, lr=0.1, weight_decay=5e-4, schedule='multistep', milestones=[51, 101, 151], gamma=0.2,
+        warmup=5., shift=0, flip=True, crop_area=0.08, jitter=0.4, precision='bf16'),
 )
 
 # %% ../nbs/02_classifier.ipynb #6a63633a
@@ -88,7 +97,8 @@ def new_optimizer(net: nn.Module, r: ClassifierConfig) -> torch.optim.Optimizer:
     "The recipe's optimiser over all parameters of a network."
     adam = dict(lr=r.lr, betas=(r.momentum, r.beta2), weight_decay=r.weight_decay)
     if r.optimizer in ('adam', 'adamw'): return dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[r.optimizer](net.parameters(), **adam)
-    return torch.optim.SGD(net.parameters(), r.lr, momentum=r.momentum, nesterov=r.momentum > 0, weight_decay=r.weight_decay if r.optimizer == 'sgd' else 0.)
+    return torch.optim.SGD(
+        net.parameters(), r.lr, momentum=r.momentum, nesterov=r.momentum > 0, weight_decay=r.weight_decay if r.optimizer == 'sgd' else 0.)
 
 @torch.no_grad()
 def update(opt: torch.optim.Optimizer, net: nn.Module, r: ClassifierConfig, lr: float):
@@ -102,7 +112,8 @@ def update(opt: torch.optim.Optimizer, net: nn.Module, r: ClassifierConfig, lr: 
 class Fixed:
     "A source that gives the same images every epoch."
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        if len(images) != len(labels) or not len(labels): raise SettingError(f'a source needs as many images as labels and at least one, got {len(images)} and {len(labels)}')
+        if len(images) != len(labels) or not len(labels):
+            raise SettingError(f'a source needs as many images as labels and at least one, got {len(images)} and {len(labels)}')
         self.images, self.labels = images, labels
     def __len__(self): return len(self.labels)
     def epoch(self, e: int):
@@ -146,7 +157,8 @@ class Classifier:
     @torch.no_grad()
     def apply(self, f, images: torch.Tensor, block: int = 500) -> torch.Tensor:
         "f(float images) over blocks of uint8 images, on the CPU as float32."
-        if tuple(images.shape[1:]) != self.shape: raise SettingError(f'this classifier takes images of shape {self.shape}, got {tuple(images.shape[1:])}')
+        if tuple(images.shape[1:]) != self.shape:
+            raise SettingError(f'this classifier takes images of shape {self.shape}, got {tuple(images.shape[1:])}')
         out = [f(to_device(images[i:i + block], self.machine)).float().cpu() for i in range(0, len(images), block)]
         return torch.cat(out) if out else torch.empty(0, len(self.classes))
     def logits(self, images):
@@ -238,7 +250,8 @@ class Training:
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False) if recipe.ema else None
         self.best, self.score = copy.deepcopy(self.net).eval().requires_grad_(False) if recipe.keep == 'best' else None, torch.tensor(-1.)
         self.opt = new_optimizer(self.net, recipe)
-        self.crew = Crew(self.net, shares_of(recipe.batch, machine), machine['threads']) if self.world == 1 else Crew(spread(self.net, machine), 1, machine['threads'])
+        self.crew = (Crew(self.net, shares_of(recipe.batch, machine), machine['threads']) if self.world == 1
+                     else Crew(spread(self.net, machine), 1, machine['threads']))
     def loss(self, net, x, ya, yb, lam: float) -> torch.Tensor:
         "Cross-entropy with label smoothing, of two labels where images are mixed."
         with torch.autocast(self.machine['device'].split(':')[0], torch.bfloat16, enabled=self.recipe.precision == 'bf16'):
@@ -347,7 +360,8 @@ def run_classifier(stage: Stage) -> dict:
     stage.cfg.check(dict(n_train=len(train)))
     steps = planned_steps(stage.cfg, len(train))
     stage.tensorboard()
-    c = train_classifier(Fixed(train.images, train.labels), stage.cfg, train.classes, steps, val, stage.machine, stage.checkpoints, stage.history, stage.track)
+    c = train_classifier(Fixed(train.images, train.labels), stage.cfg, train.classes, steps, val,
+                         stage.machine, stage.checkpoints, stage.history, stage.track)
     c.save(stage.dir/'classifier.safetensors')
     m = confusion(c, val)
     result = dict(steps=steps, val_accuracy=c.accuracy(val), recall=(m.diag()/m.sum(1)).tolist(), n_train=len(train))

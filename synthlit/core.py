@@ -14,7 +14,8 @@ __all__ = ['GLOBAL_STATE', 'STAGES', 'PACKAGE', 'HOME', 'rng', 'randn', 'global_
            'small_stage', 'small_inputs', 'show_grid']
 
 # %% ../nbs/00a_core.ipynb #41306a5c
-import ast, atexit, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib, importlib.util, inspect, json, math, os, platform, random, re, shutil, sys, tempfile
+import ast, atexit, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib, importlib.util, inspect, \
+    json, math, os, platform, random, re, shutil, sys, tempfile
 import threading, time, types, typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,13 +86,16 @@ def check_value(name: str, value, kind):
         return [check_value(f'{name}[{i}]', v, args[0]) for i, v in enumerate(value)]
     if kind is float and type(value) is int: return float(value)
     if kind is int and type(value) is float and value.is_integer(): return int(value)
-    if type(value) is not (origin or kind): raise SettingError(f'{name} = {value!r}: expected {(origin or kind).__name__}, got {type(value).__name__}')
+    if type(value) is not (origin or kind):
+        raise SettingError(f'{name} = {value!r}: expected {(origin or kind).__name__}, got {type(value).__name__}')
     return value
 
 def check_range(name, value, lo, hi):
     "The value if lo <= value <= hi (`None` is open; `None` values pass)."
     out = value is not None and ((lo is not None and value < lo) or (hi is not None and value > hi) or not math.isfinite(value))
-    if out: raise SettingError(f'{name} = {value}: must be {f"at least {lo}" if hi is None else f"at most {hi}" if lo is None else f"between {lo} and {hi}"}')
+    if out:
+        raise SettingError(f'{name} = {value}: must be '
+                           f'{f"at least {lo}" if hi is None else f"at most {hi}" if lo is None else f"between {lo} and {hi}"}')
     return value
 
 # %% ../nbs/00a_core.ipynb #b7faea63
@@ -122,7 +126,7 @@ def field_help(
 ) -> dict:  # field name -> (type as written, default, help)
     "The settings of a stage as `synthlit params` prints them, read from the class's own source."
     rows = {}
-    for line in [line for c in reversed(cls.__mro__[:-1]) for line in inspect.getsource(c).splitlines()]:  # what a settings class inherits comes first
+    for line in [line for c in reversed(cls.__mro__[:-1]) for line in inspect.getsource(c).splitlines()]:  # what a class inherits comes first
         m = re.match(r'\s+(\w+): (.+?)(?: = (.+?))?\s+# (.+)$', line)
         f = m and cls.__dataclass_fields__.get(m[1])
         if f: rows[m[1]] = (m[2], f.default_factory() if f.default is dataclasses.MISSING else f.default, m[4])
@@ -156,7 +160,8 @@ def digest(*parts) -> str:
     "sha256 (hex) of tensors, arrays, bytes and JSON-like values, in order; shapes and types count."
     h = hashlib.sha256()
     for p in parts:
-        if isinstance(p, torch.Tensor): h.update(f'{p.dtype}{tuple(p.shape)}'.encode()), h.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if isinstance(p, torch.Tensor):
+            h.update(f'{p.dtype}{tuple(p.shape)}'.encode()), h.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(p, np.ndarray): h.update(f'{p.dtype}{p.shape}'.encode()), h.update(np.ascontiguousarray(p))
         else: h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True).encode())
     return h.hexdigest()
@@ -370,7 +375,8 @@ def bare_tree(source: str) -> str:
     "Syntax tree of the source as text, without docstrings, comments and layout."
     tree = ast.parse(source)
     for n in ast.walk(tree):
-        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and n.body and isinstance(n.body[0], ast.Expr) and isinstance(n.body[0].value, ast.Constant):
+        if (isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and n.body
+                and isinstance(n.body[0], ast.Expr) and isinstance(n.body[0].value, ast.Constant)):
             n.body = n.body[1:]
     return ast.dump(tree)
 
@@ -417,7 +423,8 @@ def take_lock(path, wait: float = 0.) -> FileLock:
         lock.acquire()
     except Timeout:
         pid = path.with_suffix('.pid')
-        raise InUse(f'{path.parent.parent if path.stem == "run" else path.parent.parent/path.stem} is in use by process {pid.read_text() if pid.exists() else "?"}: wait for it, stop it, or choose another --out') from None
+        raise InUse(f'{path.parent.parent if path.stem == "run" else path.parent.parent/path.stem} is in use by process '
+                    f'{pid.read_text() if pid.exists() else "?"}: wait for it, stop it, or choose another --out') from None
     except OSError as e: raise OSError(e.errno, f'cannot write in {path.parent.parent}: {e.strerror or e}') from e
     path.with_suffix('.pid').write_text(str(os.getpid()))
     return lock
@@ -463,7 +470,8 @@ def find_inputs(
     "The folders a stage reads: those named, else every finished one of the right kind in the run."
     spec, found = STAGES[stage], {}
     for m in sorted(run.glob('*/stage.json')):
-        if '.old-' not in m.parent.name and m.parent.name != own and m.with_name('manifest.json').exists(): found.setdefault(STAGES[load_json(m)['stage']].makes, []).append(m.parent)
+        if '.old-' not in m.parent.name and m.parent.name != own and m.with_name('manifest.json').exists():
+            found.setdefault(STAGES[load_json(m)['stage']].makes, []).append(m.parent)
     for kind, n in names.items():
         if kind not in spec.reads + spec.may_read: raise SettingError(f'{stage} does not read {kind!r}; {nearest(kind, spec.reads + spec.may_read)}')
         found[kind] = [run/x for x in ([n] if isinstance(n, str) else n)]
@@ -477,18 +485,22 @@ def check_same_splits(inputs: dict):
     for f in [f for folders in inputs.values() for f in folders]:
         for name, d in read_manifest(f).get('cuts', {}).items(): cuts.setdefault(name, {}).setdefault(d, f)
     for name, by in cuts.items():
-        if len(by) > 1: raise SettingError(f'contradicting splits: {" and ".join(map(str, by.values()))} saw {name} cut differently; their images may overlap with val or test')
+        if len(by) > 1:
+            raise SettingError(f'contradicting splits: {" and ".join(map(str, by.values()))} saw {name} cut differently; '
+                               'their images may overlap with val or test')
 
 # %% ../nbs/00a_core.ipynb #8d00a65c
 class Stage:
     "An open stage: its folder, inputs, settings, history and progress. Made by `open_stage`."
     def __init__(self, stage, run, folder, cfg, inputs, identity, lock, machine):
-        self.stage, self.run, self.dir, self.cfg, self.inputs, self.identity, self.lock, self.machine = stage, run, folder, cfg, inputs, identity, lock, machine
+        self.stage, self.run, self.dir, self.cfg, self.inputs, self.identity, self.lock, self.machine = (
+            stage, run, folder, cfg, inputs, identity, lock, machine)
         self.device, self.started, self.shown, self.saw, self.first = machine['device'], time.time(), 0., (), 0
         self.history, self.checkpoints = History(folder/'history.parquet'), Checkpoints(folder/'checkpoints')
     def input(self, kind: str) -> Path:
         "The one folder of this kind."
-        if len(self.inputs.get(kind, [])) != 1: raise SettingError(f'{self.stage} takes one {kind}, got {[f.name for f in self.inputs.get(kind, [])]}: name it in `inputs`')
+        if len(self.inputs.get(kind, [])) != 1:
+            raise SettingError(f'{self.stage} takes one {kind}, got {[f.name for f in self.inputs.get(kind, [])]}: name it in `inputs`')
         return self.inputs[kind][0]
     def tensorboard(self):
         "Also log to TensorBoard where it is installed."
@@ -498,7 +510,8 @@ class Stage:
         if (now := time.time()) - self.shown < .5 and done < total: return
         self.shown = now
         tmp = self.dir/f'.tmp-{os.getpid()}-progress.json'
-        tmp.write_text(json.dumps(dict(done=done, total=total, first=self.first, started=self.started, now=now, **{k: round(float(v), 4) for k, v in values.items()})))
+        tmp.write_text(json.dumps(dict(done=done, total=total, first=self.first, started=self.started, now=now,
+                                       **{k: round(float(v), 4) for k, v in values.items()})))
         os.replace(tmp, self.dir/'progress.json')
     def track(self, items, total: int, start: int = 0, desc: str = ''):
         "Iterate with a progress bar where a person watches, and progress for the runner everywhere."
@@ -512,7 +525,8 @@ class Stage:
         save_json(self.dir/'result.json', result)
         self.history.save()
         if cuts is None: cuts = {k: v for fs in self.inputs.values() for f in fs for k, v in read_manifest(f).get('cuts', {}).items()}
-        files = {str(p.relative_to(self.dir)): file_digest(p) for p in sorted(self.dir.rglob('*')) if p.is_file() and is_artefact(p.relative_to(self.dir))}
+        files = {str(p.relative_to(self.dir)): file_digest(p)
+                 for p in sorted(self.dir.rglob('*')) if p.is_file() and is_artefact(p.relative_to(self.dir))}
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         manifest = dict(**self.identity, name=self.dir.name, artefacts=files, digest=digest(files), saw=list(self.saw), cuts=cuts, versions=versions,
                         started=self.started, seconds=time.time() - self.started)
@@ -522,7 +536,8 @@ class Stage:
 
 def is_artefact(path: Path) -> bool:
     "Does this file of a stage folder count for its digest? Not the notebook, the checkpoints, progress, or anything that holds times."
-    return path.name not in ('manifest.json', 'stage.json', 'progress.json', 'notebook.ipynb', 'report.html') and path.parts[0] not in ('checkpoints', 'tb') and not path.name.startswith('.')
+    return (path.name not in ('manifest.json', 'stage.json', 'progress.json', 'notebook.ipynb', 'report.html')
+            and path.parts[0] not in ('checkpoints', 'tb') and not path.name.startswith('.'))
 
 # %% ../nbs/00a_core.ipynb #624e3724
 def side_by_side(
@@ -585,7 +600,8 @@ def enter_folder(folder: Path, identity: dict, cfg) -> None:
     old = folder/'stage.json'
     if old.exists():
         was = load_json(old)
-        if not continues(was, identity, cfg): print(f'{folder.name} changed ({"; ".join(changes(was, identity)[:3])}): the old one is now {move_aside(folder).name}')
+        if not continues(was, identity, cfg):
+            print(f'{folder.name} changed ({"; ".join(changes(was, identity)[:3])}): the old one is now {move_aside(folder).name}')
         elif was != identity: (folder/'manifest.json').unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     for p in folder.rglob('.tmp-*'): shutil.rmtree(p) if p.is_dir() else p.unlink()
@@ -648,7 +664,8 @@ def small_inputs(run: Path, stage: str, many: bool = False):
         small_inputs(run, up, many)
         gens = sorted(m.parent.name for m in run.glob('gan*/manifest.json'))
         if kind == 'generator' and many: [small_stage(run, up, f'{up}-seed{i}', seed=i) for i in range(2)]
-        elif 'generator' in STAGES[up].reads and not STAGES[up].joins: [small_stage(run, up, f'{up}-{g}' if len(gens) > 1 else up, {'generator': g}) for g in gens]
+        elif 'generator' in STAGES[up].reads and not STAGES[up].joins:
+            [small_stage(run, up, f'{up}-{g}' if len(gens) > 1 else up, {'generator': g}) for g in gens]
         else: small_stage(run, up, **({'classes': 'base'} if stage == 'fewshot' and up == 'gan' else {}))
 
 # %% ../nbs/00a_core.ipynb #42526f19

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Annotated
 import numpy as np, torch
 from scipy import stats
-from .core import Checkpoints, SettingError, Stage, digest, load_json, load_table, open_stage, preset_of, read_manifest, resolve, said, save_table, side_by_side, take_lock
+from .core import (
+    Checkpoints, SettingError, Stage, digest, load_json, load_table, open_stage, preset_of, read_manifest, resolve, said,
+    save_table, side_by_side, take_lock)
 from .metrics import fid, frechet_distance, prdc
 from .generator import fit_floor
 from .splits import Split, ledger_path, open_test, openings
@@ -68,7 +70,8 @@ def sources_of(stage: Stage, train: Split) -> dict:
         folders = stage.inputs.get(kind, [])
         of = [load_json(f/'result.json')['generator'] for f in folders]
         for f, g in zip(folders, of): out[f'{row} ({g if of.count(g) == 1 else f.name})'] = (row, lambda f=f, load=load: load(f))
-    for f in stage.inputs.get('mixture', []): out['mixture' if len(stage.inputs['mixture']) == 1 else f'mixture ({f.name})'] = ('mixture', lambda f=f: load_mixture(f, stage.device))
+    for f in stage.inputs.get('mixture', []):
+        out['mixture' if len(stage.inputs['mixture']) == 1 else f'mixture ({f.name})'] = ('mixture', lambda f=f: load_mixture(f, stage.device))
     return out
 
 def floor_set(train: Split, cfg: EvaluateConfig, n: int) -> tuple:
@@ -92,7 +95,9 @@ def train_row(stage: Stage, row: str, seed: int, data: tuple, classifier, steps:
     path = row_path(stage, row, seed)
     if path.exists(): return list(track([], steps, steps))
     if row == 'real' and seed == classifier.recipe.seed: c = classifier  # the same recipe on the same images: trained once
-    else: c = train_classifier(Fixed(*data), replace(classifier.recipe, seed=seed), classifier.classes, steps, machine=machine, checkpoints=Checkpoints(stage.dir/'checkpoints'/path.stem), track=track)
+    else:
+        c = train_classifier(Fixed(*data), replace(classifier.recipe, seed=seed), classifier.classes, steps, machine=machine,
+                             checkpoints=Checkpoints(stage.dir/'checkpoints'/path.stem), track=track)
     c.save(path)
 
 def measures(images: torch.Tensor, labels: torch.Tensor, val: Split, classifier, cfg: EvaluateConfig) -> dict:
@@ -116,7 +121,8 @@ def refuse_contamination(stage: Stage, sealed: dict):
     "`SettingError` if anything upstream was trained on the val or test images that are to judge it. `sealed`: part -> digest."
     for f in [f for fs in stage.inputs.values() for f in fs]:
         for part, d in sealed.items():
-            if d in read_manifest(f)['saw']: raise SettingError(f'{f.name} was trained on the {part} images of this split: its score on them would mean nothing')
+            if d in read_manifest(f)['saw']:
+                raise SettingError(f'{f.name} was trained on the {part} images of this split: its score on them would mean nothing')
 
 # %% ../nbs/08a_evaluate.ipynb #683c8398
 def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) -> list:
@@ -154,7 +160,8 @@ def run_evaluate(stage: Stage) -> dict:
     for r in rows: r['test'] = r.pop('model').accuracy(test)
     save_table(stage.dir/'scores.parquet', rows)
     searched = [f for k in ('accepted', 'mixture') for f in stage.inputs.get(k, [])]
-    result = dict(table=summary(rows), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched], n_test=len(test), cut=test.cut, recipe=vars(classifier.recipe), features='real classifier')
+    result = dict(table=summary(rows), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched],
+                  n_test=len(test), cut=test.cut, recipe=vars(classifier.recipe), features='real classifier')
     stage.finish(result)
     return result
 
@@ -166,8 +173,10 @@ def summary(rows: list) -> list:
     for name in dict.fromkeys(r['row'] for r in rows):
         mine = [r for r in rows if r['row'] == name]
         acc, gap = interval([r['test'] for r in mine]), interval([real[r['seed']] - r['test'] for r in mine])
-        keep = {k: mine[0].get(k) for k in ('kind', 'n', 'frechet', 'precision', 'recall', 'density', 'coverage', 'n_measure', 'fid') if mine[0].get(k) is not None}
-        out.append(dict(row=name, seeds=len(mine), val=float(np.mean([r['val'] for r in mine])), test=acc[0], low=acc[1], high=acc[2], gap=gap[0], gap_low=gap[1], gap_high=gap[2], **keep))
+        keep = {k: mine[0].get(k) for k in ('kind', 'n', 'frechet', 'precision', 'recall', 'density', 'coverage', 'n_measure', 'fid')
+                if mine[0].get(k) is not None}
+        out.append(dict(row=name, seeds=len(mine), val=float(np.mean([r['val'] for r in mine])),
+                        test=acc[0], low=acc[1], high=acc[2], gap=gap[0], gap_low=gap[1], gap_high=gap[2], **keep))
     return out
 
 def print_table(table: list):
@@ -176,5 +185,6 @@ def print_table(table: list):
     print(f'{"trained on":34}{"images":>8}{"seeds":>6}{"test %":>8} {"interval":>14}{"gap":>7} {"interval":>14}{"Fréchet*":>10}{"cover.":>8}')
     for r in table:
         gap = ('', '') if r['kind'] == 'real' else (f'{100*r["gap"]:.2f}', ci(r['gap_low'], r['gap_high']))
-        print(f'{r["row"]:34}{r["n"]:8}{r["seeds"]:6}{100*r["test"]:8.2f} {ci(r["low"], r["high"]):>14}{gap[0]:>7} {gap[1]:>14}{r["frechet"]:10.2f}{r["coverage"]:8.2f}')
+        print(f'{r["row"]:34}{r["n"]:8}{r["seeds"]:6}{100*r["test"]:8.2f} {ci(r["low"], r["high"]):>14}'
+              f'{gap[0]:>7} {gap[1]:>14}{r["frechet"]:10.2f}{r["coverage"]:8.2f}')
     print('* Fréchet distance and coverage to val in the real classifier\'s features, not FID')

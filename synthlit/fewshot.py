@@ -31,7 +31,8 @@ class FewshotConfig:
     seed: Annotated[int, (0, None)] = 0  # of noise and order
     def check(self, facts: dict):
         "Refuse what the base GAN cannot take."
-        if self.batch % facts.get('pack', 1): raise SettingError(f'fewshot.batch = {self.batch} must be a multiple of the GAN\'s pack = {facts["pack"]}')
+        if self.batch % facts.get('pack', 1):
+            raise SettingError(f'fewshot.batch = {self.batch} must be a multiple of the GAN\'s pack = {facts["pack"]}')
 
 FEWSHOT_PRESETS = dict(
     tiny=dict(steps=200, eval_every=50, n_eval=30, lr_g=1e-2),
@@ -69,7 +70,8 @@ def adapt(
     machine: dict,
 ) -> GanState:  # ready to train: only what the mode allows can move
     "Load a pre-trained GAN for fine-tuning."
-    base = resolve(GanConfig, read_manifest(folder)['settings'], dict(steps=cfg.steps, batch=cfg.batch, lr_g=cfg.lr_g, lr_d=cfg.lr_d, eval_every=cfg.eval_every, n_eval=cfg.n_eval, seed=cfg.seed))
+    base = resolve(GanConfig, read_manifest(folder)['settings'], dict(
+        steps=cfg.steps, batch=cfg.batch, lr_g=cfg.lr_g, lr_d=cfg.lr_d, eval_every=cfg.eval_every, n_eval=cfg.n_eval, seed=cfg.seed))
     s = GanState(replace(base, epochs=None), shape, classes, machine)
     trained = load_generator(folder/'last').trained
     s.G.load_state_dict(load_tensors(folder/'last'/'generator.safetensors')[0])
@@ -90,12 +92,14 @@ def run_fewshot(stage: Stage) -> dict:
     cfg, (train, val, classifier) = stage.cfg, stage_splits(stage)
     fs, source = load_json(stage.input('splits')/'fewshot.json'), stage.input('generator')
     trained = load_generator(source).trained
-    if set(trained) & set(fs['novel']): raise SettingError(f'{source.name} was trained on the novel classes {fs["novel"]} already: pre-train with gan.classes = base')
+    if set(trained) & set(fs['novel']):
+        raise SettingError(f'{source.name} was trained on the novel classes {fs["novel"]} already: pre-train with gan.classes = base')
     supports = train.take(fs['supports'])
     s = adapt(source, cfg, train.images.shape[1:], len(train.classes), fs['novel'], stage.machine)
     cfg.check(dict(pack=s.cfg.pack))
     every = sorted(trained + fs['novel'])
     if not stage.history.rows: keep_best(s, 0, stage, val, classifier, every, fs['novel'])  # before the first step: what fine-tuning must beat
     stage.tensorboard()
-    train_gan(s, Packs(supports, fs['novel'], cfg.batch, s.cfg.pack, cfg.seed, stage.device), cfg.steps, stage, lambda s, step: keep_best(s, step, stage, val, classifier, every, fs['novel']))
+    train_gan(s, Packs(supports, fs['novel'], cfg.batch, s.cfg.pack, cfg.seed, stage.device), cfg.steps, stage,
+              lambda s, step: keep_best(s, step, stage, val, classifier, every, fs['novel']))
     return finish_gan(s, stage, supports, cfg.steps, every)

@@ -21,7 +21,7 @@ from .gan.train import stage_splits
 @dataclass
 class FilterConfig:
     "Settings of the filter."
-    tau: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0.0, 0.5, 0.9])  # thresholds to try; val chooses; 0 = the class must only be the most likely one
+    tau: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0., .5, .9])  # thresholds to try; 0: the likeliest class is enough
     std: Annotated[float | None, (0, 10)] = None  # the generator's dial: spread of the latent; None = its default
     per_class: Annotated[int | None, (1, None)] = None  # accepted images per class; None = as many as the real training split has on average
     draws: Annotated[int, (1, 1000)] = 6  # at most so many candidates per wanted image; a class that is short then takes the likeliest of the rest
@@ -83,7 +83,8 @@ def accept(
         rest = np.flatnonzero(~ok)
         fill = rest[np.argsort(-pool.own[c][:n][rest], kind='stable')][:per_class - len(good)]
         take = np.concatenate([good, fill])
-        for k, v in dict(label=np.full(len(take), c), index=take, score=pool.own[c][take], passed=np.arange(len(take)) < len(good)).items(): rows[k].append(v)
+        for k, v in dict(label=np.full(len(take), c), index=take, score=pool.own[c][take], passed=np.arange(len(take)) < len(good)).items():
+            rows[k].append(v)
         stats.append(dict(label=c, candidates=n, acceptance=float(ok.mean()), fallback=len(fill)))
     return {k: np.concatenate(v) for k, v in rows.items()}, stats
 
@@ -103,7 +104,8 @@ class Trials:
         done = next((r for r in self.rows if r['trial'] == name), None)
         if done: return done['val_accuracy']
         c = train_classifier(Fixed(*make()), self.recipe, self.val.classes, self.steps, machine=self.stage.machine,
-                             checkpoints=Checkpoints(self.stage.dir/'checkpoints'/name), track=lambda it, total, start, desc: self.stage.track(it, total, start, name))
+                             checkpoints=Checkpoints(self.stage.dir/'checkpoints'/name),
+                             track=lambda it, total, start, desc: self.stage.track(it, total, start, name))
         c.save(self.stage.dir/'trials'/f'{name}.safetensors')
         self.rows.append(dict(trial=name, val_accuracy=c.accuracy(self.val), steps=self.steps, **facts))
         save_table(self.path, self.rows)
@@ -129,18 +131,22 @@ def run_filter(stage: Stage) -> dict:
     pool, trials, sets = Pool(g, classifier, cfg.seed, dials), Trials(stage, classifier.recipe, proxy_steps(cfg.proxy, classifier, train), val), {}
     for tau in cfg.tau:
         sets[f'tau-{tau:g}'] = rows, stats = accept(pool, tau, n, cfg.draws)
-        trials.run(f'tau-{tau:g}', lambda rows=rows: images_at(g, rows, cfg.seed, dials), tau=float(tau), acceptance=float(np.mean([s['acceptance'] for s in stats])), fallback=sum(s['fallback'] for s in stats))
+        trials.run(f'tau-{tau:g}', lambda rows=rows: images_at(g, rows, cfg.seed, dials), tau=float(tau),
+                   acceptance=float(np.mean([s['acceptance'] for s in stats])), fallback=sum(s['fallback'] for s in stats))
     rows, stats = sets[trials.best['trial']]
     save_table(stage.dir/'accepted.parquet', rows)
     save_rejected(stage, pool, trials.best['tau'])
-    result = dict(chosen=trials.best['trial'], tau=trials.best['tau'], val_accuracy=trials.best['val_accuracy'], acceptance=trials.best['acceptance'], per_class=n, stats=stats, seed=cfg.seed, dials=dials,
-                  generator=stage.input('generator').name, digest=g.digest, trained=g.trained, collapsed=[g.classes[s['label']] for s in stats if s['acceptance'] < .05])
+    result = dict(chosen=trials.best['trial'], tau=trials.best['tau'], val_accuracy=trials.best['val_accuracy'],
+                  acceptance=trials.best['acceptance'], per_class=n, stats=stats, seed=cfg.seed, dials=dials,
+                  generator=stage.input('generator').name, digest=g.digest, trained=g.trained,
+                  collapsed=[g.classes[s['label']] for s in stats if s['acceptance'] < .05])
     stage.finish(result)
     return result
 
 def save_rejected(stage: Stage, pool: Pool, tau: float, per_class: int = 20):
     "Addresses of the first rejected candidates of each class, for the pictures."
-    rows = [dict(label=c, index=int(i), score=float(pool.own[c][i])) for c in pool.g.trained for i in np.flatnonzero(~(pool.top[c] & (pool.own[c] > tau)))[:per_class]]
+    rows = [dict(label=c, index=int(i), score=float(pool.own[c][i]))
+            for c in pool.g.trained for i in np.flatnonzero(~(pool.top[c] & (pool.own[c] > tau)))[:per_class]]
     save_table(stage.dir/'rejected.parquet', rows or dict(label=np.empty(0, np.int64), index=np.empty(0, np.int64), score=np.empty(0)))
 
 def load_accepted(folder, device='cpu') -> tuple:

@@ -28,7 +28,11 @@ class GenerateConfig:
     folder: Annotated[int, (0, None)] = 20  # images per class that are also written as PNG files
     seed: Annotated[int, (0, None)] = 0  # candidates are addressed by (seed, class, index)
 
-GENERATE_PRESETS = dict(tiny=dict(per_class=40, shard=100, folder=4), digits=dict(), fashion_mnist=dict(), mnist=dict(), cifar10=dict(), smoke=dict(per_class=4, folder=1))
+GENERATE_PRESETS = dict(
+    tiny=dict(per_class=40, shard=100, folder=4),
+    digits=dict(), fashion_mnist=dict(), mnist=dict(), cifar10=dict(),
+    smoke=dict(per_class=4, folder=1),
+)
 
 # %% ../nbs/05b_generate.ipynb #4fb31c0f
 def addresses(
@@ -39,13 +43,17 @@ def addresses(
     return torch.tensor(labels).repeat(per_class), torch.arange(per_class).repeat_interleave(len(labels))
 
 # %% ../nbs/05b_generate.ipynb #c54b37d1
-def shard_table(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, classes: list, digest: str, seed: int, dials: dict | None = None) -> pa.Table:
+def shard_table(
+    images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, classes: list, digest: str, seed: int, dials: dict | None = None,
+) -> pa.Table:
     "One shard: image, label, and the address (generator digest, seed, index, dials) that made it."
     cells = [dict(bytes=encode(x), path=f'{c}-{i}.png') for x, c, i in zip(images, labels.tolist(), index.tolist())]
-    info = dict(info=dict(features=dict(image={'_type': 'Image'}, label={'_type': 'ClassLabel', 'names': classes}, index={'_type': 'Value', 'dtype': 'int64'},
-                                        seed={'_type': 'Value', 'dtype': 'int64'}, generator={'_type': 'Value', 'dtype': 'string'}, dials={'_type': 'Value', 'dtype': 'string'})))
-    t = pa.table(dict(image=pa.array(cells, pa.struct([('bytes', pa.binary()), ('path', pa.string())])), label=labels.numpy(), index=index.numpy(),
-                      seed=np.full(len(labels), seed), generator=pa.array([digest]*len(labels)), dials=pa.array([json.dumps(dials or {})]*len(labels))))
+    info = dict(info=dict(features=dict(
+        image={'_type': 'Image'}, label={'_type': 'ClassLabel', 'names': classes}, index={'_type': 'Value', 'dtype': 'int64'},
+        seed={'_type': 'Value', 'dtype': 'int64'}, generator={'_type': 'Value', 'dtype': 'string'}, dials={'_type': 'Value', 'dtype': 'string'})))
+    t = pa.table(dict(
+        image=pa.array(cells, pa.struct([('bytes', pa.binary()), ('path', pa.string())])), label=labels.numpy(), index=index.numpy(),
+        seed=np.full(len(labels), seed), generator=pa.array([digest]*len(labels)), dials=pa.array([json.dumps(dials or {})]*len(labels))))
     return t.replace_schema_metadata({'huggingface': json.dumps(info)})
 
 def write_shards(folder, g: Generator, labels, index, seed: int, size: int, track=lambda it, total, start, desc: it, **dials):
@@ -54,14 +62,16 @@ def write_shards(folder, g: Generator, labels, index, seed: int, size: int, trac
     for i in track(range(n), n, 0, 'shards'):
         path, rows = Path(folder)/f'train-{i:05d}-of-{n:05d}.parquet', slice(i*size, (i + 1)*size)
         if path.exists() and holds(path, stamp, seed, dials, labels[rows], index[rows]): continue
-        save_table(path, shard_table(g.sample(labels[rows], index[rows], seed=seed, **dials), labels[rows], index[rows], g.classes, stamp, seed, dials))
+        save_table(path, shard_table(
+            g.sample(labels[rows], index[rows], seed=seed, **dials), labels[rows], index[rows], g.classes, stamp, seed, dials))
 
 def holds(path, stamp: str, seed: int, dials: dict, labels, index) -> bool:
     "Is this shard whole, and of exactly these addresses?"
     try: t = load_table(path, ['label', 'index', 'seed', 'generator', 'dials'])
     except DamagedFile: return False
     same = t['label'].to_pylist() == labels.tolist() and t['index'].to_pylist() == index.tolist()
-    return same and set(t['seed'].to_pylist()) == {seed} and set(t['generator'].to_pylist()) == {stamp} and set(t['dials'].to_pylist()) == {json.dumps(dials)}
+    return (same and set(t['seed'].to_pylist()) == {seed} and set(t['generator'].to_pylist()) == {stamp}
+            and set(t['dials'].to_pylist()) == {json.dumps(dials)})
 
 # %% ../nbs/05b_generate.ipynb #18278eb0
 def load_set(folder, classes: list | None = None) -> tuple:
@@ -102,6 +112,7 @@ def run_generate(stage: Stage) -> dict:
     write_shards(stage.dir, g, y, i, cfg.seed, cfg.shard, stage.track, **dials)
     some = i < cfg.folder
     if some.any(): write_folder(stage.dir/'images', g.sample(y[some], i[some], seed=cfg.seed, **dials), y[some], i[some], g.classes)
-    result = dict(per_class=n, images=len(y), classes=g.classes, generator=stage.input('generator').name, digest=g.digest, seed=cfg.seed, dials=dials, trained=g.trained)
+    result = dict(per_class=n, images=len(y), classes=g.classes, generator=stage.input('generator').name, digest=g.digest,
+                  seed=cfg.seed, dials=dials, trained=g.trained)
     stage.finish(result)
     return result

@@ -59,7 +59,8 @@ class Generator:
     def save(self, folder):
         "Write generator.safetensors: weights, and in its header what is needed to build it again."
         tensors, meta = self.state()
-        save_tensors(Path(folder)/'generator.safetensors', tensors, {**meta, 'family': self.family, 'classes': self.classes, 'shape': list(self.shape), 'trained': list(self.trained)})
+        save_tensors(Path(folder)/'generator.safetensors', tensors, {
+            **meta, 'family': self.family, 'classes': self.classes, 'shape': list(self.shape), 'trained': list(self.trained)})
     def check(self, labels, index, dials: dict) -> dict:
         "The dials with their defaults; refuses unknown ones and classes it was never trained on."
         for k in dials:
@@ -105,7 +106,8 @@ def fit_class(u: np.ndarray, components: int, seed: int):
     k = max(1, min(components, len(u)//(2*u.shape[1]) or 1))  # a full covariance needs samples: never fewer than 2 per dimension
     g = GaussianMixture(k, reg_covar=1e-3*u.var(), random_state=seed, max_iter=30, init_params='k-means++').fit(u)
     pad = components - k
-    return (np.pad(g.weights_, (0, pad)), np.pad(g.means_, ((0, pad), (0, 0))), np.pad(np.linalg.cholesky(g.covariances_), ((0, pad), (0, 0), (0, 0))))
+    return (np.pad(g.weights_, (0, pad)), np.pad(g.means_, ((0, pad), (0, 0))),
+            np.pad(np.linalg.cholesky(g.covariances_), ((0, pad), (0, 0), (0, 0))))
 
 def fit_floor(
     images: torch.Tensor,  # N×C×H×W uint8

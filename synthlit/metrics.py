@@ -89,7 +89,8 @@ def prdc(
 ) -> dict:  # precision, recall, density, coverage
     "Precision and recall (1904.06991), density and coverage (2002.09797), in blocks, in float64."
     real, fake = [torch.from_numpy(as_features(z)) for z in (real, fake)]
-    if min(len(real), len(fake)) <= k: raise ValueError(f'k = {k} neighbours need more than {k} samples on each side, got {len(real)} and {len(fake)}')
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f'k = {k} neighbours need more than {k} samples on each side, got {len(real)} and {len(fake)}')
     r_real, r_fake, in_real = knn_radius(real, k, block), knn_radius(fake, k, block), []
     nearest = torch.full((len(real),), float('inf'), dtype=real.dtype)
     found = torch.zeros(len(real), dtype=torch.bool)

@@ -26,8 +26,10 @@ class MultigenConfig:
     proxy: Annotated[float, (0.001, 1)] = 0.25  # steps of a trial's classifier, as a share of the full recipe
     def check(self, facts: dict):
         "Refuse what the filtered sets cannot give."
-        if self.at_least > facts.get('sets', self.at_least): raise SettingError(f'multigen.at_least = {self.at_least}, but only {facts["sets"]} filtered set(s) reach it')
-        if (self.per_class or 0) > facts.get('accepted', self.per_class or 0): raise SettingError(f'multigen.per_class = {self.per_class}: a filtered set holds only {facts["accepted"]} images per class')
+        if self.at_least > facts.get('sets', self.at_least):
+            raise SettingError(f'multigen.at_least = {self.at_least}, but only {facts["sets"]} filtered set(s) reach it')
+        if (self.per_class or 0) > facts.get('accepted', self.per_class or 0):
+            raise SettingError(f'multigen.per_class = {self.per_class}: a filtered set holds only {facts["accepted"]} images per class')
 
 MULTIGEN_PRESETS = dict(tiny=dict(per_class=40), digits=dict(), fashion_mnist=dict(), mnist=dict(), cifar10=dict(), smoke=dict(per_class=4))
 
@@ -55,7 +57,8 @@ def mix(
 # %% ../nbs/07_multigen.ipynb #60733d5f
 def mixtures(names: list, kind: str, at_least: int) -> dict:
     "Mixtures to try: name -> sources. All together; with kind 'all' also each left out and each alone."
-    if len(names) < at_least: raise SettingError(f'multigen.at_least = {at_least}, but the run has only {len(names)} filtered set(s): {", ".join(names)}')
+    if len(names) < at_least:
+        raise SettingError(f'multigen.at_least = {at_least}, but the run has only {len(names)} filtered set(s): {", ".join(names)}')
     out = {'all': names}
     if kind == 'all' and len(names) > 2: out |= {f'without-{n}': [m for m in names if m != n] for n in names}
     if kind == 'all' and len(names) > 1: out |= {f'only-{n}': [n] for n in names}
@@ -90,7 +93,8 @@ def run_multigen(stage: Stage) -> dict:
         trials.run(name, lambda rows=tables[name]: draw_mixture(rows, sets), generators=len(members))
     best = max((r for r in trials.rows if r['generators'] >= cfg.at_least), key=lambda r: r['val_accuracy'])
     save_table(stage.dir/'mixture.parquet', tables[best['trial']])
-    result = dict(chosen=best['trial'], val_accuracy=best['val_accuracy'], per_class=n, sources=sorted(set(tables[best['trial']]['source'])), trials=trials.rows)
+    result = dict(chosen=best['trial'], val_accuracy=best['val_accuracy'], per_class=n,
+                  sources=sorted(set(tables[best['trial']]['source'])), trials=trials.rows)
     stage.finish(result)
     return result
 

@@ -81,7 +81,8 @@ def resnet18(channels: int, classes: int, width: int = 64) -> Net:
 # %% ../nbs/00e_networks.ipynb #9c47a60c
 def small(channels: int, classes: int, width: int = 16) -> Net:
     "A proxy for cheap decisions: w/2 channels, pooled at once, then w, 2w and one residual block; 2·width features."
-    return Net(nn.Sequential(conv(channels, width//2), nn.MaxPool2d(2), conv(width//2, width), conv(width, 2*width, 2), Block(2*width, 2*width), Mean()), 2*width, classes)
+    return Net(nn.Sequential(conv(channels, width//2), nn.MaxPool2d(2), conv(width//2, width), conv(width, 2*width, 2),
+                             Block(2*width, 2*width), Mean()), 2*width, classes)
 
 def pooled(i: int, o: int) -> nn.Sequential:
     "3×3 convolution, pooled to half the side before batch norm and ReLU, which then have a quarter of the work."
@@ -102,7 +103,8 @@ def build_net(name: str, channels: int, classes: int, width: int | None = None) 
     if m := re.fullmatch(r'resnet(\d+)', name): return cifar_resnet(channels, classes, depth=int(m[1]), **kw)
     if name.startswith('timm:'): return timm_net(name[5:], channels, classes)
     if ':' in name: return own_net(name, channels, classes)
-    raise SettingError(f'unknown network {name!r}; {nearest(name, [*NETWORKS, *(f"resnet{d}" for d in (14, 20, 32, 44, 56)), "timm:<name>", "package.module:Class"])}')
+    raise SettingError(f'unknown network {name!r}; '
+                       f'{nearest(name, [*NETWORKS, *(f"resnet{d}" for d in (14, 20, 32, 44, 56)), "timm:<name>", "package.module:Class"])}')
 
 def timm_net(name: str, channels: int, classes: int) -> Net:
     "A network of timm, untrained, its head replaced by ours."

@@ -14,11 +14,14 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'cmd_export', 'cmd_clean', 'parser', 'main']
 
 # %% ../nbs/09_pipeline.ipynb #9973e348
-import argparse, ast, csv, dataclasses, difflib, functools, importlib, itertools, json, os, re, shutil, signal, sys, tempfile, threading, time, types, typing
+import argparse, ast, csv, dataclasses, difflib, functools, importlib, itertools, json, os, re, shutil, signal, sys, \
+    tempfile, threading, time, types, typing
 from pathlib import Path
 import yaml
-from .core import (PACKAGE, STAGES, DamagedFile, InUse, SettingError, atomic, changes, check_same_splits, check_value, continues, field_help, module_files, load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest,
-                           resolve, run_machine, save_json, stage_identity, stage_parts, take_lock, use_machine)
+from .core import (
+    PACKAGE, STAGES, DamagedFile, InUse, SettingError, atomic, changes, check_same_splits, check_value, continues, field_help, module_files,
+    load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest, resolve, run_machine, save_json, stage_identity,
+    stage_parts, take_lock, use_machine)
 
 # %% ../nbs/09_pipeline.ipynb #61f8710d
 class Loader(yaml.SafeLoader):
@@ -48,8 +51,17 @@ def read_yaml(text: str, source: str = 'the parameters'):
     except SettingError as e: raise SettingError(f'{source}: {e}') from None
 
 # %% ../nbs/09_pipeline.ipynb #96022e03
-TOP = dict(name='name of the run: its folder in runs/', preset='default row of every stage\'s presets; where it is not said, the one named like the data set', machine='device, threads, channels_last', stages='the stages wanted, with their settings')
-ENTRY = dict(stage='which stage this is, where the name is not one', uses='earlier entries (or paths of stage folders) to read; default: all that fit', preset='row of the stage\'s presets')
+TOP = dict(
+    name='name of the run: its folder in runs/',
+    preset='default row of every stage\'s presets; where it is not said, the one named like the data set',
+    machine='device, threads, channels_last',
+    stages='the stages wanted, with their settings',
+)
+ENTRY = dict(
+    stage='which stage this is, where the name is not one',
+    uses='earlier entries (or paths of stage folders) to read; default: all that fit',
+    preset='row of the stage\'s presets',
+)
 
 def check_mapping(value, name: str) -> dict:
     "The value as a mapping ({} for nothing); `SettingError` if it is something else."
@@ -61,7 +73,9 @@ def read_params(source, overrides=()) -> dict:
     p = source if isinstance(source, dict) else Path(source)
     if isinstance(p, Path):
         if not p.is_file(): p = next((q for q in (notebooks_dir()/'params'/p.name, notebooks_dir()/'params'/f'{p.name}.yaml') if q.is_file()), p)
-        if not p.is_file(): raise SettingError(f'no parameter file {source}; here are: {", ".join(sorted(q.stem for q in (notebooks_dir()/"params").glob("*.yaml")))}')
+        if not p.is_file():
+            raise SettingError(f'no parameter file {source}; here are: '
+                               f'{", ".join(sorted(q.stem for q in (notebooks_dir()/"params").glob("*.yaml")))}')
         p = {'name': p.stem, **check_mapping(read_yaml(p.read_text(), str(p)), str(p))}
     p = {**p, 'stages': {k: dict(check_mapping(v, k)) for k, v in check_mapping(p.get('stages'), 'stages').items()}}
     for o in overrides:
@@ -119,14 +133,19 @@ def candidates(entry: str, stage: str, uses, nodes: list) -> dict:
     named = check_value(f'{entry}.uses', uses or [''], list[str])
     named = [u for u in named if u]
     for u in named:
-        if '/' not in u and not any(u in (n.entry, n.name) for n in nodes): raise SettingError(f'{entry}.uses = {u!r}: no such entry before it; {nearest(u, dict.fromkeys(n.entry for n in nodes))}')
+        if '/' not in u and not any(u in (n.entry, n.name) for n in nodes):
+            raise SettingError(f'{entry}.uses = {u!r}: no such entry before it; {nearest(u, dict.fromkeys(n.entry for n in nodes))}')
     asked = [n for n in nodes if n.entry in named or n.name in named] + [outside(u) for u in named if '/' in u]
     adapted = {r.name for n in nodes if n.makes == 'generator' for r in n.reads.get('generator', [])}
     out = {}
     for kind in spec.reads + spec.may_read:
         fits = [n for n in asked if n.makes == kind] or [n for n in nodes if n.makes == kind and n.name not in adapted]
-        if adapts and kind == 'generator' and not any(n.makes == kind for n in asked): fits = [n for n in fits if n.stage == 'gan' and n.cfg.classes == 'base']
-        if not fits and kind in spec.reads: raise SettingError(f'{entry} needs a {kind}{" trained on the base classes (gan with classes: base)" if adapts and kind == "generator" else ""}, and no stage before it makes one')
+        if adapts and kind == 'generator' and not any(n.makes == kind for n in asked):
+            fits = [n for n in fits if n.stage == 'gan' and n.cfg.classes == 'base']
+        if not fits and kind in spec.reads:
+            raise SettingError(f'{entry} needs a {kind}'
+                               f'{" trained on the base classes (gan with classes: base)" if adapts and kind == "generator" else ""}'
+                               ', and no stage before it makes one')
         out[kind] = fits
     return {k: v for k, v in out.items() if v}
 
@@ -140,7 +159,8 @@ def outside(path: str) -> Node:
 def combinations(stage: str, cands: dict) -> list:
     "Consistent choices of inputs: one node per kind whose ancestors agree; for joining stages everything above the same splits."
     spec = STAGES[stage]
-    if spec.joins: return [{k: [n for n in v if n is s or n.lineage.get(s.entry, s.name) == s.name] for k, v in cands.items()} for s in cands['splits']]
+    if spec.joins:
+        return [{k: [n for n in v if n is s or n.lineage.get(s.entry, s.name) == s.name] for k, v in cands.items()} for s in cands['splits']]
     out = []
     for choice in itertools.product(*cands.values()):
         ways = [{**n.lineage, n.entry: n.name} for n in choice]
@@ -164,18 +184,22 @@ def plan(params: dict) -> list:
     "All nodes of a chain, in the order they run."
     order, nodes = list(STAGES), []
     for e, said in params['stages'].items():
-        if (s := said.get('stage', e)) not in STAGES: raise SettingError(f'unknown stage {s!r}; {nearest(s, STAGES)}' + ('' if 'stage' in said else f' (a second use of a stage is written {e}: {{stage: NAME, ...}})'))
+        if (s := said.get('stage', e)) not in STAGES:
+            raise SettingError(f'unknown stage {s!r}; {nearest(s, STAGES)}'
+                               + ('' if 'stage' in said else f' (a second use of a stage is written {e}: {{stage: NAME, ...}})'))
     for e, said in sorted(params['stages'].items(), key=lambda kv: order.index(kv[1].get('stage', kv[0]))):
         stage = said.get('stage', e)
         cands = candidates(e, stage, said.get('uses'), nodes)
         for reads in combinations(stage, cands) if cands else [{}]:
             for own, cfg in variants(e, stage, said, preset_name(params)):
                 label = label_of(reads, cands, own)
-                lineage = {k: v for ns in reads.values() for n in ns for k, v in {**n.lineage, n.entry: n.name}.items()} if not STAGES[stage].joins else {n.entry: n.name for n in reads['splits']}
+                lineage = ({k: v for ns in reads.values() for n in ns for k, v in {**n.lineage, n.entry: n.name}.items()}
+                           if not STAGES[stage].joins else {n.entry: n.name for n in reads['splits']})
                 nodes.append(Node(f'{e}-{label}' if label else e, stage, e, cfg, label, reads, lineage))
     names = [n.name for n in nodes]
     for n in nodes:
-        if names.count(n.name) > 1: raise SettingError(f'{n.entry}: two variants would share the folder {n.name!r}: a value is said twice, or another entry has that name')
+        if names.count(n.name) > 1:
+            raise SettingError(f'{n.entry}: two variants would share the folder {n.name!r}: a value is said twice, or another entry has that name')
     return nodes
 
 # %% ../nbs/09_pipeline.ipynb #f745ed90
@@ -197,7 +221,9 @@ def preflight(nodes: list):
     "Ask every stage whether the data can give what it wants; `SettingError` before anything has run."
     for n in nodes:
         for k in ('splits', 'classifier'):
-            if len(two := n.reads.get(k, [])) > 1: raise SettingError(f'{n.entry} joins all variants but takes one {k}, and this chain makes {", ".join(m.name for m in two)}: name one in {n.entry}.uses')
+            if len(two := n.reads.get(k, [])) > 1:
+                raise SettingError(f'{n.entry} joins all variants but takes one {k}, and this chain makes '
+                                   f'{", ".join(m.name for m in two)}: name one in {n.entry}.uses')
         if hasattr(n.cfg, 'check') and (f := facts_of(n, nodes)).get('n_train'): n.cfg.check(f)
 
 def check_outside(node: Node, nodes: list, run: Path):
@@ -220,7 +246,8 @@ def unit_costs(nodes: list, machine: dict) -> dict:
     s = GanState(g, facts['shape'], facts['classes'], machine)
     jobs = dict(classifier=(lambda: t.step(image(c.batch), torch.zeros(c.batch, dtype=torch.int64), 0, 10).item(), c.batch),
                 gan=(lambda: gan_step(s, image(g.batch), torch.zeros(g.batch, dtype=torch.int64), 1, 10)[0].item(), g.batch),
-                sample=(lambda: s.E(torch.zeros(128, g.z, device=machine['device']), torch.zeros(128, dtype=torch.int64, device=machine['device'])).sum().item(), 128))
+                sample=(lambda: s.E(torch.zeros(128, g.z, device=machine['device']),
+                                    torch.zeros(128, dtype=torch.int64, device=machine['device'])).sum().item(), 128))
     return {k: fastest(f)/n for k, (f, n) in jobs.items()}
 
 def fastest(f, reps: int = 4) -> float:
@@ -251,11 +278,16 @@ def derive(stage: str, parameters: dict | None = None):
     start = next((i for i, c in enumerate(nb.cells) if c.source.startswith('## Run the stage')), None)
     if start is None: raise SettingError(f'{spec.notebook}.ipynb has no section `## Run the stage`')
     tagged = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
-    if len(tagged) != 1: raise SettingError(f'{spec.notebook}.ipynb has {len(tagged)} cells tagged `parameters`; it must have one, or papermill would silently keep the defaults')
+    if len(tagged) != 1:
+        raise SettingError(f'{spec.notebook}.ipynb has {len(tagged)} cells tagged `parameters`; '
+                           'it must have one, or papermill would silently keep the defaults')
     params = tagged if parameters is None else [*tagged, new_code_cell('\n'.join(f'{k} = {v!r}' for k, v in parameters.items()))]
-    kernel = new_code_cell(f'import sys\nassert sys.executable == {sys.executable!r}, f"this kernel is {{sys.executable}}, the runner is {sys.executable}: install ipykernel in the runner\'s environment"')
+    kernel = new_code_cell(f'import sys\nassert sys.executable == {sys.executable!r}, '
+                           f'f"this kernel is {{sys.executable}}, the runner is {sys.executable}: '
+                           'install ipykernel in the runner\'s environment"')
     imports = [c for c in nb.cells[:start] if c.cell_type == 'code' and only_imports(c.source)]
-    nb.cells = [*[c for c in nb.cells[:2] if c.cell_type == 'markdown'], kernel, *imports, new_code_cell(f'from synthlit.{spec.module} import *'), *params, *nb.cells[start:]]
+    nb.cells = [*[c for c in nb.cells[:2] if c.cell_type == 'markdown'], kernel, *imports,
+                new_code_cell(f'from synthlit.{spec.module} import *'), *params, *nb.cells[start:]]
     for c in nb.cells:
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     return nb
@@ -266,7 +298,8 @@ def statements(source: str, package: str = '') -> set:
     "Top-level statements of exported code as text, imports made absolute, `__all__` and module docstring apart."
     out = set()
     for n in ast.parse(source).body:
-        if isinstance(n, ast.ImportFrom) and n.level: n.module, n.level = '.'.join([*package.split('.')[:len(package.split('.')) - n.level], *([n.module] if n.module else [])]), 0
+        if isinstance(n, ast.ImportFrom) and n.level:
+            n.module, n.level = '.'.join([*package.split('.')[:len(package.split('.')) - n.level], *([n.module] if n.module else [])]), 0
         name = getattr(n.targets[0], 'id', '') if isinstance(n, ast.Assign) else ''
         if name != '__all__' and not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)): out.add(ast.dump(n))
     return out
@@ -281,7 +314,8 @@ def refuse_stale(stage: str):
         file = PACKAGE.joinpath(*module.split('.')).with_suffix('.py')
         if file not in used: continue
         said = set().union(*[statements(c) for c in cells if re.match(r'#\|\s*exports?\b', c)])
-        if said != statements(used[file], f'synthlit.{module}'): raise SettingError(f'stale export: {path.name} and synthlit.{module} differ; run `nbdev_export` first')
+        if said != statements(used[file], f'synthlit.{module}'):
+            raise SettingError(f'stale export: {path.name} and synthlit.{module} differ; run `nbdev_export` first')
 
 # %% ../nbs/09_pipeline.ipynb #17b9ee3c
 def input_names(node: Node) -> dict:
@@ -304,7 +338,8 @@ def state_of(node: Node, run: Path, machine: dict) -> str:
 
 def parameters_of(node: Node, run: Path, preset: str) -> dict:
     "The values for a notebook's parameters cell."
-    return dict(run_dir=str(run), name=node.name, inputs=input_names(node), preset=preset, settings=json.loads(json.dumps(dataclasses.asdict(node.cfg))))
+    return dict(run_dir=str(run), name=node.name, inputs=input_names(node), preset=preset,
+                settings=json.loads(json.dumps(dataclasses.asdict(node.cfg))))
 
 class StageFailed(RuntimeError):
     "A stage did not end well; the message names stage, cell and error."
@@ -321,11 +356,15 @@ def execute(nb, out: Path, parameters: dict, label: str, save: bool = True):
     died = {}
     try:
         register_engine(died)
-        papermill.execute_notebook(derived, out, parameters, engine_name='synthlit', kernel_name='python3', progress_bar=False, cwd=str(out.parent), autosave_cell_every=5, request_save_on_cell_execute=save)
-    except PapermillExecutionError as e: raise StageFailed(f'{label}, cell {e.exec_count}: {e.ename}: {e.evalue}\n  the notebook with the red cell: {out}') from e
+        papermill.execute_notebook(
+            derived, out, parameters, engine_name='synthlit', kernel_name='python3', progress_bar=False, cwd=str(out.parent),
+            autosave_cell_every=5, request_save_on_cell_execute=save)
+    except PapermillExecutionError as e:
+        raise StageFailed(f'{label}, cell {e.exec_count}: {e.ename}: {e.evalue}\n  the notebook with the red cell: {out}') from e
     except RuntimeError as e:
         if not isinstance(e, DeadKernelError) and 'Kernel died' not in str(e): raise
-        raise StageFailed(f'{label}: its kernel died{died.get("how", "")}. If nobody stopped it, it was probably out of memory: use a smaller batch. Run the same command again to go on from the last checkpoint') from e
+        raise StageFailed(f'{label}: its kernel died{died.get("how", "")}. If nobody stopped it, it was probably out of memory: '
+                          'use a smaller batch. Run the same command again to go on from the last checkpoint') from e
     finally: derived.unlink(missing_ok=True)
 
 def register_engine(died: dict):
@@ -347,7 +386,8 @@ def register_engine(died: dict):
             await super()._async_cleanup_kernel()
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, **kw): return Client(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=120, extra_arguments=['--log-level=50']).execute()
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
+            return Client(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=120, extra_arguments=['--log-level=50']).execute()
     papermill_engines.register('synthlit', Engine)
 
 # %% ../nbs/09_pipeline.ipynb #95f79825
@@ -433,12 +473,15 @@ def run_chain(
             for s in {n.stage for n in todo}: refuse_stale(s), derive(s)
         for i, n in enumerate(todo, 1):
             if (state := state_of(n, run, machine)) == 'done': keep_notebook(n, run); continue
-            if state == 'changed': log(f'{n.name} changed ({"; ".join(changes(load_json(run/n.name/"stage.json"), node_identity(n, run, machine))[:3])}): done anew, the old one is kept beside it')
+            if state == 'changed':
+                log(f'{n.name} changed ({"; ".join(changes(load_json(run/n.name/"stage.json"), node_identity(n, run, machine))[:3])}): '
+                    'done anew, the old one is kept beside it')
             with Line(run, n, i, len(todo)): s = run_node(n, run, preset_name(params), log)
             worked += 1
             check_outside(n, nodes, run)
             log(f'{n.name} done in {clock(s)}{headline(run/n.name)}')
-        print(f'{worked} of {len(todo)} stages run, the others were done: {clock(time.time() - t)}' if worked else f'nothing to do: all {len(todo)} stages are done')
+        print(f'{worked} of {len(todo)} stages run, the others were done: {clock(time.time() - t)}' if worked
+              else f'nothing to do: all {len(todo)} stages are done')
         for n in todo:
             if n.stage == 'report': print(f'report: {run/n.name/"report.html"}')
     finally: lock.release()
@@ -447,10 +490,13 @@ def run_chain(
 def agreed_machine(run: Path, asked: dict) -> dict:
     "The run's machine choices; refuses to change those of a run that has begun."
     for k in asked:
-        if k not in ('device', 'threads', 'channels_last'): raise SettingError(f'unknown name machine.{k}; {nearest(k, ("device", "threads", "channels_last"))}')
+        if k not in ('device', 'threads', 'channels_last'):
+            raise SettingError(f'unknown name machine.{k}; {nearest(k, ("device", "threads", "channels_last"))}')
     machine = run_machine(run, asked.get('device') or 'auto', asked.get('threads'), asked.get('channels_last'))
     for k, v in asked.items():
-        if v not in (None, 'auto', machine[k]) and not (k == 'device' and pick_device(v) == machine[k]): raise SettingError(f'machine.{k} = {v!r}, but {run.name} was begun with {machine[k]!r}, which its bits depend on: choose another --out')
+        if v not in (None, 'auto', machine[k]) and not (k == 'device' and pick_device(v) == machine[k]):
+            raise SettingError(f'machine.{k} = {v!r}, but {run.name} was begun with {machine[k]!r}, which its bits depend on: '
+                               'choose another --out')
     return machine
 
 def open_log(run: Path):
@@ -463,8 +509,11 @@ def open_log(run: Path):
 def headline(folder: Path) -> str:
     "The one figure of a finished stage worth saying."
     r = load_json(folder/'result.json')
-    if 'table' in r: return ''.join(f'\n    {x["row"]:32} test {100*x["test"]:.2f} %' + (f'  gap {100*x["gap"]:.2f}' if x['kind'] != 'real' else '') for x in r['table'])
-    for k, text in dict(frechet='Fréchet distance to val in classifier features {:.2f}', val_accuracy='val accuracy {:.4f}', images='{} images').items():
+    if 'table' in r:
+        return ''.join(f'\n    {x["row"]:32} test {100*x["test"]:.2f} %' + (f'  gap {100*x["gap"]:.2f}' if x['kind'] != 'real' else '')
+                       for x in r['table'])
+    for k, text in dict(frechet='Fréchet distance to val in classifier features {:.2f}',
+                        val_accuracy='val accuracy {:.4f}', images='{} images').items():
         if k in r: return f': {text.format(r[k])}'
     return ''
 
@@ -473,7 +522,10 @@ def shrink(nodes: list):
     "Every node's settings made tiny by its stage's smoke preset."
     for n in nodes:
         Config, presets, _ = stage_parts(n.stage)
-        n.cfg = resolve(Config, dataclasses.asdict(n.cfg), presets.get('smoke', {}), dict(smoke=16, novel=min(n.cfg.novel, 3), k=min(n.cfg.k, 5), per_class=None) if n.stage == 'splits' else {}, dict(precision='fp32') if n.stage == 'classifier' else {})
+        n.cfg = resolve(
+            Config, dataclasses.asdict(n.cfg), presets.get('smoke', {}),
+            dict(smoke=16, novel=min(n.cfg.novel, 3), k=min(n.cfg.k, 5), per_class=None) if n.stage == 'splits' else {},
+            dict(precision='fp32') if n.stage == 'classifier' else {})
 
 def smoke(params: dict, out=None) -> Path:
     "Run a tiny version of a chain, all stages in one kernel."
@@ -501,7 +553,8 @@ def look_at(folder: str) -> dict:
     found = open_set(folder)
     y, shape = found.parts['train'].labels, found.parts['train'].shape()
     square = shape[1] == shape[2] and shape[1] % 4 == 0
-    return dict(n=len(y), classes=found.classes, smallest=int(np.bincount(y).min()), shape=shape, size='null' if square else max(8, min(64, shape[1]//8*8)), parts=list(found.parts))
+    return dict(n=len(y), classes=found.classes, smallest=int(np.bincount(y).min()), shape=shape,
+                size='null' if square else max(8, min(64, shape[1]//8*8)), parts=list(found.parts))
 
 def new_params(folder: str, name: str) -> str:
     "A commented parameter file for a folder of images."
@@ -510,8 +563,10 @@ def new_params(folder: str, name: str) -> str:
     novel, k = max(1, min(3, len(d['classes'])//3)), max(1, min(5, d['smallest']//4))
     epochs, batch = max(5, min(60, 500000//d['n'])), min(128, max(8, d['n']//8))
     steps, flip = max(2000, min(20000, d['n'])), str(d['shape'][0] == 3).lower()
-    return NEW.format(name=name, folder=Path(folder).expanduser().resolve(), n=d['n'], count=len(d['classes']), some=', '.join(map(str, d['classes'][:5])), shape='×'.join(map(str, d['shape'])), parts=', '.join(d['parts']),
-                      size=d['size'], novel=novel, k=k, epochs=epochs, batch=batch, steps=steps, flip=flip, every=max(250, steps//10))
+    return NEW.format(
+        name=name, folder=Path(folder).expanduser().resolve(), n=d['n'], count=len(d['classes']), some=', '.join(map(str, d['classes'][:5])),
+        shape='×'.join(map(str, d['shape'])), parts=', '.join(d['parts']), size=d['size'], novel=novel, k=k,
+        epochs=epochs, batch=batch, steps=steps, flip=flip, every=max(250, steps//10))
 
 NEW = '''# {n} training images of {count} classes ({some}, ...), the first of them {shape}; parts found: {parts}.
 # First: `synthlit run {name}.yaml --smoke` (is it wired right?), then `--dry-run` (how long?), then `synthlit run {name}.yaml`.
@@ -587,7 +642,8 @@ def print_plan(params: dict, out=None):
         if state != 'done': moving.add(n.name)
         s, b = estimate(n, nodes, costs) if state != 'done' else (0., 0)
         total = [total[0] + s, total[1] + b]
-        print(f'{n.name:30}{state:10}{clock(s):>9}{b/1e6:8.1f}MB  {", ".join(m.name for k, ms in n.reads.items() if k not in ("splits", "classifier") for m in ms)}')
+        print(f'{n.name:30}{state:10}{clock(s):>9}{b/1e6:8.1f}MB  '
+              f'{", ".join(m.name for k, ms in n.reads.items() if k not in ("splits", "classifier") for m in ms)}')
     print(f'{"together, about":40}{clock(total[0]):>9}{total[1]/1e6:8.1f}MB   on {machine["device"]}, {machine["threads"]} threads; run folder {run}')
 
 def cmd_run(a):
@@ -621,7 +677,8 @@ def show_run(run: Path) -> bool:
         try: p = json.loads((f/'progress.json').read_text())
         except (OSError, ValueError): p = None
         state = 'done' if done else f'{p["done"]}/{p["total"]}' + (' (quiet)' if time.time() - p['now'] > 60 else '') if p else 'begun'
-        print(f'{f.name:30}{state:>22}{clock(read_manifest(f)["seconds"]) if done else "":>9}{(headline(f) if done else "").splitlines()[0] if done and headline(f) else ""}')
+        print(f'{f.name:30}{state:>22}{clock(read_manifest(f)["seconds"]) if done else "":>9}'
+              f'{(headline(f) if done else "").splitlines()[0] if done and headline(f) else ""}')
     return not busy
 
 def cmd_show(a):
@@ -633,19 +690,22 @@ def cmd_show(a):
 
 def cmd_log(a):
     "Print or export the histories of a run."
-    rows = [dict(stage=f.name, **r) for f in stage_folders(find_run(a.run)) if (f/'history.parquet').exists() for r in load_table(f/'history.parquet').to_pylist()]
+    rows = [dict(stage=f.name, **r) for f in stage_folders(find_run(a.run)) if (f/'history.parquet').exists()
+            for r in load_table(f/'history.parquet').to_pylist()]
     keys = list(dict.fromkeys(k for r in rows for k in r))
     if a.csv:
         with open(a.csv, 'w', newline='') as out: w = csv.DictWriter(out, keys); w.writeheader(); w.writerows(rows)
         return print(f'{len(rows)} rows in {a.csv}')
-    for r in rows: print('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{v}' if k == 'stage' else f'{k} {v}' for k, v in r.items() if v is not None))
+    for r in rows:
+        print('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{v}' if k == 'stage' else f'{k} {v}' for k, v in r.items() if v is not None))
 
 # %% ../nbs/09_pipeline.ipynb #39dd41b5
 def params_yaml(stage: str) -> str:
     "A commented YAML template of a stage's settings, with their defaults."
     Config, presets, _ = stage_parts(stage)
     default = lambda v: yaml.safe_dump(list(v) if isinstance(v, tuple) else v, default_flow_style=True).split('\n')[0]
-    return f'  {stage}:  # presets: {", ".join(k for k in presets if k != "smoke")}\n' + ''.join(f'    {k}: {default(d)}  # {h}\n' for k, (t, d, h) in field_help(Config).items())
+    return (f'  {stage}:  # presets: {", ".join(k for k in presets if k != "smoke")}\n'
+            + ''.join(f'    {k}: {default(d)}  # {h}\n' for k, (t, d, h) in field_help(Config).items()))
 
 def plain_type(written: str) -> str:
     "A type as a person would say it: Annotated[int, (1, None)] -> int >= 1."
@@ -687,7 +747,8 @@ def cmd_sample(a):
     for f in generators_at(a.what):
         g = load_generator(f)
         y = torch.tensor(g.trained).repeat_interleave(a.n)
-        show_grid(g.sample(y, torch.arange(a.n).repeat(len(g.trained)), seed=a.seed), len(g.trained), f.name, labels=[g.classes[c] for c in g.trained])
+        show_grid(g.sample(y, torch.arange(a.n).repeat(len(g.trained)), seed=a.seed), len(g.trained), f.name,
+                  labels=[g.classes[c] for c in g.trained])
         path = Path(a.out or '.')/f'{f.name}-samples.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         plt.savefig(path, dpi=120); plt.close(); print(path)
@@ -695,7 +756,8 @@ def cmd_sample(a):
 def product(run: Path) -> Path:
     "The classifier that a run is for: trained on the mixture, else on filtered or plain synthetic images, else the real one."
     found = [p for f in stage_folders(run) for p in sorted((f/'classifiers').glob('*.safetensors'))]
-    ranked = [p for kind in ('mixture', 'filtered', 'synthetic') for p in found if p.name.startswith(kind)] + [f/'classifier.safetensors' for f in stage_folders(run) if (f/'classifier.safetensors').exists()]
+    ranked = ([p for kind in ('mixture', 'filtered', 'synthetic') for p in found if p.name.startswith(kind)]
+              + [f/'classifier.safetensors' for f in stage_folders(run) if (f/'classifier.safetensors').exists()])
     if not ranked: raise SettingError(f'{run} holds no classifier yet')
     return ranked[0]
 
@@ -722,7 +784,8 @@ def cmd_export(a):
     from synthlit.core import save_table
     from synthlit.generate import shard_table, write_folder
     from synthlit.splits import load_split
-    folder = Path(a.split) if (Path(a.split)/'train.safetensors').exists() else next((f for f in stage_folders(find_run(a.split)) if (f/'train.safetensors').exists()), None)
+    folder = Path(a.split) if (Path(a.split)/'train.safetensors').exists() else next(
+        (f for f in stage_folders(find_run(a.split)) if (f/'train.safetensors').exists()), None)
     if folder is None: raise SettingError(f'{a.split} holds no splits')
     s, to = load_split(folder, a.part), Path(a.to)
     index = torch.arange(len(s))
@@ -734,10 +797,14 @@ def cmd_clean(a):
     "Remove what a finished run no longer needs: checkpoints of finished stages, folders moved aside, working notebooks."
     run = find_run(a.run)
     lock = take_lock(run/'locks'/'run.lock')
-    gone = [p for p in run.glob('*.old-*')] + [f/'checkpoints' for f in stage_folders(run) if (f/'manifest.json').exists() and (f/'checkpoints').exists()] + [p for p in [run/'notebooks'] if p.exists()]
+    gone = ([p for p in run.glob('*.old-*')]
+            + [f/'checkpoints' for f in stage_folders(run) if (f/'manifest.json').exists() and (f/'checkpoints').exists()]
+            + [p for p in [run/'notebooks'] if p.exists()])
     size = sum(q.stat().st_size for p in gone for q in p.rglob('*') if q.is_file())
     for p in gone: print(p)
-    if gone and (a.yes or input(f'remove these {len(gone)} folders, {size/1e6:.1f} MB? [y/N] ').lower() == 'y'): [shutil.rmtree(p) for p in gone]; print('removed')
+    if gone and (a.yes or input(f'remove these {len(gone)} folders, {size/1e6:.1f} MB? [y/N] ').lower() == 'y'):
+        [shutil.rmtree(p) for p in gone]
+        print('removed')
     elif not gone: print('nothing to clean')
     lock.release()
 
@@ -750,19 +817,26 @@ def parser() -> argparse.ArgumentParser:
         s = sub.add_parser(f.__name__[4:], help=f.__doc__, description=f.__doc__)
         for names, kw in args: s.add_argument(*names.split(), **kw)
         s.set_defaults(f=f)
-    add(cmd_run, ('params', dict(help='a YAML file, or the name of one that comes with synthlit')), ('-p', dict(action='append', default=[], metavar='STAGE.NAME=VALUE', help='change a setting')),
-        ('--from', dict(dest='first', metavar='STAGE', help='begin here')), ('--to', dict(dest='last', metavar='STAGE', help='end here')), ('--only', dict(metavar='STAGE', help='this stage only')),
-        ('--out', dict(metavar='RUN', help='run folder; default runs/<name>')), ('--engine', dict(choices=['local'], default='local', help='where stages run')),
-        ('--dry-run', dict(action='store_true', help='print the plan with time and disk')), ('--smoke', dict(action='store_true', help='a tiny version on random images: is the file wired right?')))
-    add(cmd_new, ('params', dict(help='the YAML file to write')), ('--data', dict(required=True, metavar='FOLDER', help='images: FOLDER/<class>/*, with or without train/, val/, test/; Parquet shards; an .npz file')))
+    add(cmd_run, ('params', dict(help='a YAML file, or the name of one that comes with synthlit')),
+        ('-p', dict(action='append', default=[], metavar='STAGE.NAME=VALUE', help='change a setting')),
+        ('--from', dict(dest='first', metavar='STAGE', help='begin here')), ('--to', dict(dest='last', metavar='STAGE', help='end here')),
+        ('--only', dict(metavar='STAGE', help='this stage only')), ('--out', dict(metavar='RUN', help='run folder; default runs/<name>')),
+        ('--engine', dict(choices=['local'], default='local', help='where stages run')),
+        ('--dry-run', dict(action='store_true', help='print the plan with time and disk')),
+        ('--smoke', dict(action='store_true', help='a tiny version on random images: is the file wired right?')))
+    add(cmd_new, ('params', dict(help='the YAML file to write')), ('--data', dict(
+        required=True, metavar='FOLDER', help='images: FOLDER/<class>/*, with or without train/, val/, test/; Parquet shards; an .npz file')))
     run = ('run', dict(help='a run folder, or its name in runs/'))
     add(cmd_show, run, ('--follow', dict(action='store_true', help='until it is done')))
     add(cmd_log, run, ('--csv', dict(metavar='F', help='write a CSV file')))
     add(cmd_params, ('stage', dict(nargs='?')), ('--yaml', dict(action='store_true', help='as a commented template')))
     add(cmd_report, run)
-    add(cmd_sample, ('what', dict(help='a run, or a folder that holds a generator')), ('-n', dict(type=int, default=8, help='images per class')), ('--seed', dict(type=int, default=0)), ('--out', dict(metavar='FOLDER', help='where to write the pictures')))
+    add(cmd_sample, ('what', dict(help='a run, or a folder that holds a generator')),
+        ('-n', dict(type=int, default=8, help='images per class')), ('--seed', dict(type=int, default=0)),
+        ('--out', dict(metavar='FOLDER', help='where to write the pictures')))
     add(cmd_predict, ('run', dict(help='a run, or a classifier file')), ('images', dict(nargs='+')))
-    add(cmd_export, ('split', dict(help='a run, or its splits folder')), ('--to', dict(required=True, metavar='FOLDER')), ('--part', dict(default='train', choices=['train', 'val'])))
+    add(cmd_export, ('split', dict(help='a run, or its splits folder')), ('--to', dict(required=True, metavar='FOLDER')),
+        ('--part', dict(default='train', choices=['train', 'val'])))
     add(cmd_clean, run, ('--yes', dict(action='store_true', help='do not ask')))
     return p
 

@@ -72,30 +72,53 @@ def span(seconds: float) -> str:
 
 # %% ../nbs/08c_report.ipynb #8830d251
 STYLE = '''
-.report{--ink:#1b2430;--soft:#5b6675;--line:#dde2e8;--card:#f5f7f9;--paper:#fff;--real:#7a8794;--floor:#aeb8c2;--synthetic:#3b7dc4;--filtered:#17927b;--mixture:#d5741a;--bad:#b3261e;
+.report{--ink:#1b2430;--soft:#5b6675;--line:#dde2e8;--card:#f5f7f9;--paper:#fff;--real:#7a8794;--floor:#aeb8c2;--synthetic:#3b7dc4;\
+--filtered:#17927b;--mixture:#d5741a;--bad:#b3261e;
  color:var(--ink);background:var(--paper);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-@media(prefers-color-scheme:dark){.report{--ink:#e4e8ee;--soft:#9aa6b4;--line:#2f3843;--card:#1b2129;--paper:#12161c;--real:#8f9ba8;--floor:#5d6874;--synthetic:#5b9be0;--filtered:#35b39a;--mixture:#e98f3c;--bad:#f2867e}}
+@media(prefers-color-scheme:dark){.report{--ink:#e4e8ee;--soft:#9aa6b4;--line:#2f3843;--card:#1b2129;--paper:#12161c;--real:#8f9ba8;--floor:#5d6874;\
+--synthetic:#5b9be0;--filtered:#35b39a;--mixture:#e98f3c;--bad:#f2867e}}
 .report main{max-width:64rem;margin:auto;padding:1.2rem 1rem 4rem}
-.report h1{font-size:1.7rem;line-height:1.2;margin:.6rem 0 .2rem;overflow-wrap:anywhere}.report h2{font-size:1.25rem;margin:3rem 0 .5rem;padding-top:.9rem;border-top:1px solid var(--line)}
+.report h1{font-size:1.7rem;line-height:1.2;margin:.6rem 0 .2rem;overflow-wrap:anywhere}\
+.report h2{font-size:1.25rem;margin:3rem 0 .5rem;padding-top:.9rem;border-top:1px solid var(--line)}
 .report h3{font-size:1rem;margin:1.8rem 0 .3rem;overflow-wrap:anywhere}.report p{margin:.5rem 0;max-width:46rem}.report a{color:var(--synthetic)}
 .report nav{font-size:.85rem;margin:.8rem 0}.report nav a{margin-right:.9rem;white-space:nowrap;text-decoration:none;line-height:1.9}
-.report .note,.report figcaption,.report dl{color:var(--soft);font-size:.86rem}.report .bad{color:var(--bad)}.report .warn{border-left:4px solid var(--mixture);background:var(--card);padding:.6rem .9rem}
+.report .note,.report figcaption,.report dl{color:var(--soft);font-size:.86rem}.report .bad{color:var(--bad)}\
+.report .warn{border-left:4px solid var(--mixture);background:var(--card);padding:.6rem .9rem}
 .report .lead{font-size:1.22rem;line-height:1.45;max-width:none}
-.report .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:.7rem;margin:1.2rem 0}.report .tiles div{background:var(--card);border-radius:.6rem;padding:.7rem .9rem;border-top:4px solid var(--c,var(--line))}
-.report .tiles b{display:block;font-size:1.75rem;line-height:1.25;font-variant-numeric:tabular-nums}.report .tiles span{display:block;font-size:.8rem;color:var(--soft);line-height:1.35}
-.report .bars{margin:1rem 0}.report .bar{display:grid;grid-template-columns:11.5rem 1fr 4.6rem;gap:.7rem;align-items:center;margin:.32rem 0;font-size:.88rem;line-height:1.25}
-.report .bar .label{overflow-wrap:anywhere}.report .bar .num{text-align:right;font-variant-numeric:tabular-nums}.report .track{position:relative;height:1rem;background:var(--card);border-radius:.2rem;min-width:0}
-.report .track i{position:absolute;top:0;bottom:0;display:block}.report .fill{background:var(--c,var(--synthetic));border-radius:.2rem}.report .dot{width:.8rem;height:.8rem;margin-left:-.4rem;top:.1rem!important;bottom:auto!important;border-radius:50%;background:var(--c,var(--synthetic))}
-.report .whisk{top:calc(50% - 1px)!important;height:2px;background:var(--c,var(--synthetic));opacity:.75}.report .bars.solid .whisk{background:var(--ink)}.report .ref{width:0;border-left:1.5px dashed var(--real)}.report .scale{background:none;font-size:.75rem;color:var(--soft);display:flex;justify-content:space-between}
-.report .real{--c:var(--real)}.report .floor{--c:var(--floor)}.report .synthetic{--c:var(--synthetic)}.report .filtered{--c:var(--filtered)}.report .mixture{--c:var(--mixture)}
-.report .figs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18.5rem),1fr));gap:1.3rem;margin:1rem 0;align-items:start}.report figure{margin:0;min-width:0}.report figcaption{margin:.2rem 0 .35rem;overflow-wrap:anywhere}.report figcaption b{color:var(--ink)}
-.report .grid{display:flex;gap:.5rem}.report .names{display:grid;grid-auto-rows:1fr;align-items:center;font-size:.74rem;line-height:1.05;color:var(--soft);max-width:5.5rem}.report .grid img{flex:1;min-width:0;width:100%;align-self:start}.report img.px{image-rendering:pixelated}
+.report .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:.7rem;margin:1.2rem 0}\
+.report .tiles div{background:var(--card);border-radius:.6rem;padding:.7rem .9rem;border-top:4px solid var(--c,var(--line))}
+.report .tiles b{display:block;font-size:1.75rem;line-height:1.25;font-variant-numeric:tabular-nums}\
+.report .tiles span{display:block;font-size:.8rem;color:var(--soft);line-height:1.35}
+.report .bars{margin:1rem 0}\
+.report .bar{display:grid;grid-template-columns:11.5rem 1fr 4.6rem;gap:.7rem;align-items:center;margin:.32rem 0;font-size:.88rem;line-height:1.25}
+.report .bar .label{overflow-wrap:anywhere}.report .bar .num{text-align:right;font-variant-numeric:tabular-nums}\
+.report .track{position:relative;height:1rem;background:var(--card);border-radius:.2rem;min-width:0}
+.report .track i{position:absolute;top:0;bottom:0;display:block}.report .fill{background:var(--c,var(--synthetic));border-radius:.2rem}\
+.report .dot{width:.8rem;height:.8rem;margin-left:-.4rem;top:.1rem!important;bottom:auto!important;border-radius:50%;\
+background:var(--c,var(--synthetic))}
+.report .whisk{top:calc(50% - 1px)!important;height:2px;background:var(--c,var(--synthetic));opacity:.75}\
+.report .bars.solid .whisk{background:var(--ink)}.report .ref{width:0;border-left:1.5px dashed var(--real)}\
+.report .scale{background:none;font-size:.75rem;color:var(--soft);display:flex;justify-content:space-between}
+.report .real{--c:var(--real)}.report .floor{--c:var(--floor)}.report .synthetic{--c:var(--synthetic)}.report .filtered{--c:var(--filtered)}\
+.report .mixture{--c:var(--mixture)}
+.report .figs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18.5rem),1fr));gap:1.3rem;margin:1rem 0;align-items:start}\
+.report figure{margin:0;min-width:0}.report figcaption{margin:.2rem 0 .35rem;overflow-wrap:anywhere}.report figcaption b{color:var(--ink)}
+.report .grid{display:flex;gap:.5rem}\
+.report .names{display:grid;grid-auto-rows:1fr;align-items:center;font-size:.74rem;line-height:1.05;color:var(--soft);max-width:5.5rem}\
+.report .grid img{flex:1;min-width:0;width:100%;align-self:start}.report img.px{image-rendering:pixelated}
 .report svg{width:100%;height:auto;display:block;color:var(--ink)}
-.report .scroll{overflow-x:auto;margin:.8rem 0}.report table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}.report th,.report td{padding:.35rem .42rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-.report thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}.report tr>:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}.report table.text :is(th,td){text-align:left;white-space:normal;vertical-align:top}
-.report tr.chosen td{font-weight:700}.report dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .9rem}.report dt{font-weight:600}.report dd{margin:0}
-.report details{margin:.7rem 0}.report summary{cursor:pointer}.report pre{overflow-x:auto;background:var(--card);padding:.8rem;border-radius:.4rem;font-size:.78rem;line-height:1.45}.report code{font-size:.9em}
-@media(max-width:38rem){.report .bar{grid-template-columns:1fr 4.6rem;gap:.05rem .7rem;margin:.5rem 0}.report .bar .label{grid-column:1/3}.report .lead{font-size:1.1rem}.report h1{font-size:1.4rem}.report dl{display:block}.report dd{margin-bottom:.4rem}.report tr>:first-child{max-width:7.5rem;white-space:normal}}
+.report .scroll{overflow-x:auto;margin:.8rem 0}.report table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}\
+.report th,.report td{padding:.35rem .42rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+.report thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}\
+.report tr>:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}\
+.report table.text :is(th,td){text-align:left;white-space:normal;vertical-align:top}
+.report tr.chosen td{font-weight:700}.report dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .9rem}.report dt{font-weight:600}\
+.report dd{margin:0}
+.report details{margin:.7rem 0}.report summary{cursor:pointer}\
+.report pre{overflow-x:auto;background:var(--card);padding:.8rem;border-radius:.4rem;font-size:.78rem;line-height:1.45}.report code{font-size:.9em}
+@media(max-width:38rem){.report .bar{grid-template-columns:1fr 4.6rem;gap:.05rem .7rem;margin:.5rem 0}.report .bar .label{grid-column:1/3}\
+.report .lead{font-size:1.1rem}.report h1{font-size:1.4rem}.report dl{display:block}.report dd{margin-bottom:.4rem}\
+.report tr>:first-child{max-width:7.5rem;white-space:normal}}
 @media print{.report figure,.report .bar{break-inside:avoid}}
 '''
 
@@ -113,9 +136,14 @@ def bars(
     place = lambda cls, a, b=None: el('i', class_=cls, style=f'left:{at(a):.2f}%' + (f';width:{at(b) - at(a):.2f}%' if b is not None else ''))
     out = []
     for r in rows:
-        track = [place('ref', ref) if ref is not None else None, place('dot', r['value']) if start else place('fill', 0, r['value']), place('whisk', r['low'], r['high']) if r.get('low') is not None else None]
-        out.append(el('div', el('span', r['label'], class_='label'), el('span', track, class_='track'), el('span', r.get('text', f'{r["value"]:g}'), class_='num'), class_=f'bar {r.get("kind", "")}'))
-    if ends: out.append(el('div', el('span', class_='label'), el('span', [el('span', e) for e in ends], class_='track scale'), el('span', class_='num'), class_='bar'))
+        track = [place('ref', ref) if ref is not None else None,
+                 place('dot', r['value']) if start else place('fill', 0, r['value']),
+                 place('whisk', r['low'], r['high']) if r.get('low') is not None else None]
+        out.append(el('div', el('span', r['label'], class_='label'), el('span', track, class_='track'),
+                      el('span', r.get('text', f'{r["value"]:g}'), class_='num'), class_=f'bar {r.get("kind", "")}'))
+    if ends:
+        out.append(el('div', el('span', class_='label'), el('span', [el('span', e) for e in ends], class_='track scale'),
+                      el('span', class_='num'), class_='bar'))
     return el('div', out, class_='bars' if start else 'bars solid')
 
 def zoom(values) -> tuple:
@@ -147,7 +175,8 @@ def svg(fig) -> Html:
     "A matplotlib figure as inline SVG: transparent, its ink the text's colour."
     from matplotlib import rc_context
     out = io.StringIO()
-    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'synthlit'}): fig.savefig(out, format='svg', transparent=True, metadata=dict.fromkeys(['Date', 'Creator', 'Format', 'Type']))
+    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'synthlit'}):
+        fig.savefig(out, format='svg', transparent=True, metadata=dict.fromkeys(['Date', 'Creator', 'Format', 'Type']))
     s = out.getvalue()
     s = re.sub(r' xmlns(:\w+)?="[^"]*"|<!--.*?-->|<metadata>.*?</metadata>', '', s[s.index('<svg'):], flags=re.S)
     s = re.sub(r'<g id="[^"]*"', '<g', s).replace(INK, 'currentColor')
@@ -161,7 +190,8 @@ def curves(
     "A small picture of one or more curves over the training steps."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    with rc_context({k: INK for k in ('text.color', 'axes.edgecolor', 'xtick.color', 'ytick.color', 'axes.labelcolor')} | {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6}):
+    with rc_context({k: INK for k in ('text.color', 'axes.edgecolor', 'xtick.color', 'ytick.color', 'axes.labelcolor')}
+                    | {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6}):
         fig = Figure((3.7, 2.2), layout='constrained')
         ax = fig.add_subplot(xlabel='step')
         for i, (name, (x, y)) in enumerate(series.items()):
@@ -204,7 +234,8 @@ def grid(
     "A figure of images by class."
     if not any(map(len, rows)): return el('figure', el('figcaption', caption), el('p', 'nothing to show', class_='note'))
     a = canvas([fit_tile(r, tile) for r in rows], cols)
-    img = el('img', src=data_uri(a), width=a.shape[1], height=a.shape[0], alt=f'rows of images of {", ".join(map(str, labels))}', class_='px' if a.shape[1] < 24*cols else None, style='height:auto')
+    img = el('img', src=data_uri(a), width=a.shape[1], height=a.shape[0], alt=f'rows of images of {", ".join(map(str, labels))}',
+             class_='px' if a.shape[1] < 24*cols else None, style='height:auto')
     return el('figure', el('figcaption', caption), el('div', el('div', [el('span', n) for n in labels], class_='names'), img, class_='grid'))
 
 # %% ../nbs/08c_report.ipynb #35078e5f
@@ -217,12 +248,18 @@ def headline_row(rows: list) -> dict | None:
 def headline(rows: list, n_test: int) -> str:
     "The result of a run in a plain sentence or two, from the table of the evaluation."
     real, best, floor = next(r for r in rows if r['kind'] == 'real'), headline_row(rows), next((r for r in rows if r['kind'] == 'floor'), None)
-    if best is None: return f'Trained on {real["n"]:,} real images the classifier reaches {percent(real["test"])} % on {n_test:,} real test images; this run evaluated no synthetic images.'
-    gap = f'a gap of {percent(best["gap"])} points' if best['gap'] >= 0 else f'the synthetic images are ahead by {percent(-best["gap"])} points; the gap is negative'
-    text = (f'A classifier trained only on {best["n"]:,} synthetic images reaches {percent(best["test"])} % on {n_test:,} real test images it never saw; '
-            f'the same recipe trained on {real["n"]:,} real images reaches {percent(real["test"])} %: {gap} {"(" * (best["gap_low"] is None)}{ci(best["gap_low"], best["gap_high"])}{")" * (best["gap_low"] is None)}.')
+    if best is None:
+        return (f'Trained on {real["n"]:,} real images the classifier reaches {percent(real["test"])} % on {n_test:,} real test images; '
+                'this run evaluated no synthetic images.')
+    gap = (f'a gap of {percent(best["gap"])} points' if best['gap'] >= 0
+           else f'the synthetic images are ahead by {percent(-best["gap"])} points; the gap is negative')
+    text = (f'A classifier trained only on {best["n"]:,} synthetic images reaches {percent(best["test"])} % '
+            f'on {n_test:,} real test images it never saw; '
+            f'the same recipe trained on {real["n"]:,} real images reaches {percent(real["test"])} %: {gap} '
+            f'{"(" * (best["gap_low"] is None)}{ci(best["gap_low"], best["gap_high"])}{")" * (best["gap_low"] is None)}.')
     if floor is None: return text
-    return f'{text} The floor, {floor["n"]:,} images from Gaussians fitted to each class, reaches {percent(floor["test"])} %, {against_floor(best, floor)}.'
+    return (f'{text} The floor, {floor["n"]:,} images from Gaussians fitted to each class, reaches {percent(floor["test"])} %, '
+            f'{against_floor(best, floor)}.')
 
 def against_floor(best: dict, floor: dict) -> str:
     "Is the floor lower or higher, and do the intervals tell them apart?"
@@ -267,7 +304,8 @@ def look(path: Path) -> Folder:
 
 def survey(run, also=()) -> list:
     "All stage folders of a run (and `also` some of other runs) in the order of the chain; reports and what was moved aside left out."
-    paths = [p.parent for p in Path(run).glob('*/stage.json') if '.old-' not in p.parent.name] + [Path(p) for p in also if Path(p).parent != Path(run)]
+    paths = ([p.parent for p in Path(run).glob('*/stage.json') if '.old-' not in p.parent.name]
+             + [Path(p) for p in also if Path(p).parent != Path(run)])
     order = {s: i for i, s in enumerate(STAGES)}
     return [f for f in sorted(map(look, paths), key=lambda f: (order.get(f.stage, 99), f.name)) if f.stage != 'report']
 
@@ -302,7 +340,8 @@ def missing(what: str) -> Html:
 def score_bars(rows: list) -> Html:
     "Test accuracy of every row of the table with its interval; dashed: real images."
     real = next((r['test'] for r in rows if r['kind'] == 'real'), None)
-    return dots([dict(label=r['row'], value=r['test'], low=r['low'], high=r['high'], text=f'{percent(r["test"])} %', kind=r['kind']) for r in rows], real)
+    return dots([dict(label=r['row'], value=r['test'], low=r['low'], high=r['high'], text=f'{percent(r["test"])} %', kind=r['kind'])
+                 for r in rows], real)
 
 def tile(value: str, *words, kind: str = '') -> Html:
     "One large number with its words."
@@ -319,8 +358,11 @@ def headline_section(v: RunView):
     if best: tiles += [tile(f'{percent(best["gap"])} points', 'gap, real minus synthetic', ci(best['gap_low'], best['gap_high']))]
     if floor: tiles += [tile(f'{percent(floor["test"])} %', 'floor: Gaussians per class', seeds(floor), kind='floor')]
     return [el('p', headline(rows, n), class_='lead'), el('div', tiles, class_='tiles'), score_bars(rows),
-            el('p', f'Accuracy on {n:,} sealed real test images; lines are 95 % intervals over the classifier\'s seeds (Student t, so with few seeds one may pass 100 %; none with one seed); the dashed line is the classifier trained on real images. The axis does not start at zero.', class_='note'),
-            el('p', f'What the intervals leave out: each generator and the cut were made once, and {n:,} test images alone leave each accuracy uncertain by about {percent(chance(best or real, n))} points either way.', class_='note')]
+            el('p', f'Accuracy on {n:,} sealed real test images; lines are 95 % intervals over the classifier\'s seeds '
+                    '(Student t, so with few seeds one may pass 100 %; none with one seed); '
+                    'the dashed line is the classifier trained on real images. The axis does not start at zero.', class_='note'),
+            el('p', f'What the intervals leave out: each generator and the cut were made once, and {n:,} test images alone '
+                    f'leave each accuracy uncertain by about {percent(chance(best or real, n))} points either way.', class_='note')]
 
 def chance(r: dict, n: int) -> float:
     "Half the 95 % interval of an accuracy measured on n images (normal approximation)."
@@ -328,7 +370,9 @@ def chance(r: dict, n: int) -> float:
 
 # %% ../nbs/08c_report.ipynb #64df8a04
 COLUMNS = [  # head, cell, what it means
-    ('trained on', lambda r: r['row'], 'real: the real training split; floor: Gaussians fitted to each class; synthetic: a generator\'s images as they come; filtered: those the real classifier accepted; mixture: filtered images of several generators'),
+    ('trained on', lambda r: r['row'],
+     'real: the real training split; floor: Gaussians fitted to each class; synthetic: a generator\'s images as they come; '
+     'filtered: those the real classifier accepted; mixture: filtered images of several generators'),
     ('test %', lambda r: percent(r['test'], 2), 'accuracy on the sealed real test images, mean over seeds'),
     ('interval', lambda r: ci(r['low'], r['high']) if r['low'] is not None else '–', '95 % over seeds; a dash means one seed, no interval'),
     ('gap', lambda r: '' if r['kind'] == 'real' else percent(r['gap'], 2), 'points below real images, paired seed by seed'),
@@ -336,7 +380,8 @@ COLUMNS = [  # head, cell, what it means
     ('val %', lambda r: percent(r['val'], 2), 'accuracy on val, on which all choices were made'),
     ('images', lambda r: f'{r["n"]:,}', 'how many it was trained on; the number of training steps is the same for all'),
     ('seeds', lambda r: r['seeds'], 'how many classifiers were trained on it'),
-    ('Fréchet', lambda r: f'{r["frechet"]:.2f}', 'distance between Gaussians fitted to the features of these images and of val; 0 is best; in the features of the real classifier, so not FID'),
+    ('Fréchet', lambda r: f'{r["frechet"]:.2f}',
+     'distance between Gaussians fitted to the features of these images and of val; 0 is best; in the features of the real classifier, so not FID'),
     ('FID', lambda r: f'{r["fid"]:.1f}' if r.get('fid') is not None else '–', 'Fréchet distance in Inception features'),
     ('precision', lambda r: f'{r["precision"]:.2f}', 'share of these images that lie among val images'),
     ('recall', lambda r: f'{r["recall"]:.2f}', 'share of val images that lie among these images'),
@@ -349,14 +394,17 @@ def score_table(rows: list) -> list:
     columns = [c for c in COLUMNS if c[0] != 'FID' or any(r.get('fid') is not None for r in rows)]
     n = max(r.get('n_measure', 0) for r in rows)
     return [table([c[0] for c in columns], [[c[1](r) for c in columns] for r in rows]),
-            el('p', f'Fréchet distance, precision, recall, density and coverage are measured in the features of the real classifier against val, n = {n:,} images a side at most{"" if any(c[0] == "FID" for c in columns) else "; not FID"}.', class_='note'),
+            el('p', 'Fréchet distance, precision, recall, density and coverage are measured in the features of the real classifier against val, '
+                    f'n = {n:,} images a side at most{"" if any(c[0] == "FID" for c in columns) else "; not FID"}.', class_='note'),
             el('details', el('summary', 'What the columns mean'), el('dl', [[el('dt', h), el('dd', text)] for h, _, text in columns if text]))]
 
 def table_section(v: RunView):
     "Every evaluation's table; generators that know only some classes are named."
     if not v.of('scores'): return missing('an evaluation')
-    few = [f'{f.name} ({len(f.result["trained"])} of {len(v.train.classes)} classes)' for f in v.of('generator') if v.train and len(f.result['trained']) < len(v.train.classes)]
-    note = el('p', f'Trained on only some of the classes: {", ".join(few)}. Rows of such a generator, where there are any, lack the others.', class_='note') if few else None
+    few = [f'{f.name} ({len(f.result["trained"])} of {len(v.train.classes)} classes)'
+           for f in v.of('generator') if v.train and len(f.result['trained']) < len(v.train.classes)]
+    note = el('p', f'Trained on only some of the classes: {", ".join(few)}. Rows of such a generator, where there are any, lack the others.',
+              class_='note') if few else None
     return [[el('h3', e.name) if len(v.of('scores')) > 1 else None, score_table(e.result['table'])] for e in v.of('scores')] + [note]
 
 # %% ../nbs/08c_report.ipynb #e07bd752
@@ -394,17 +442,26 @@ def samples_section(v: RunView):
     "Real images beside those of each generator and of the mixture, class by class."
     if not v.train: return missing('splits')
     n, names, show = v.cfg.samples, v.names(), functools.partial(grid, cols=v.cfg.samples, tile=v.cfg.tile)
-    figs = [show(by_class(v.train.images[k := first(v.train.labels, v.shown, n)], v.train.labels[k], v.shown), names, [el('b', 'real'), ', from train'])]
+    figs = [show(by_class(v.train.images[k := first(v.train.labels, v.shown, n)], v.train.labels[k], v.shown), names,
+                 [el('b', 'real'), ', from train'])]
     gens = [f for f in v.folders if f.kind == 'generator' and (f.path/'generator.safetensors').exists()]
     gens.sort(key=lambda f: -len((f.result or {}).get('trained', ())))  # those of all classes first, unfinished ones last
     for f in gens[:v.cfg.pictured]:
-        facts = f': Fréchet {f.result["frechet"]:.2f}, agreement {f.result["agreement"]:.0%}' if f.result and 'agreement' in f.result else ' (not finished)' if not f.manifest else ''
+        facts = (f': Fréchet {f.result["frechet"]:.2f}, agreement {f.result["agreement"]:.0%}' if f.result and 'agreement' in f.result
+                 else ' (not finished)' if not f.manifest else '')
         figs.append(attempt(lambda f=f, facts=facts: show(drawn(f.path, v.shown, n), names, [el('b', f.name), facts])))
-    for f in v.of('mixture'): figs.append(attempt(lambda f=f: show(mixed(f.path, v.shown, n), names, [el('b', f.name), f': {f.result["chosen"]}, from {len(f.result["sources"])} filtered sets'])))
+    for f in v.of('mixture'):
+        figs.append(attempt(lambda f=f: show(
+            mixed(f.path, v.shown, n), names, [el('b', f.name), f': {f.result["chosen"]}, from {len(f.result["sources"])} filtered sets'])))
     left = [f'{len(gens) - v.cfg.pictured} more generators: {", ".join(f.name for f in gens[v.cfg.pictured:])}'] if len(gens) > v.cfg.pictured else []
     left += [f'{len(v.train.classes) - len(v.shown)} more classes'] if len(v.train.classes) > len(v.shown) else []
-    return [el('p', 'Not picked by eye: the first candidates of each class, and of the mixture a few from each of its sources. Fréchet: distance to val in classifier features, not FID. Agreement: how often the real classifier takes a sample for the class asked for. Both are of the checkpoint that was kept because its Fréchet distance was the lowest, so they flatter a little; those of a few-shot generator are of its novel classes only.', class_='note'),
-            el('div', figs, class_='figs'), el('p', f'Not pictured: {"; ".join(left)}.', class_='note') if left else None, None if gens else missing('a generator')]
+    return [el('p', 'Not picked by eye: the first candidates of each class, and of the mixture a few from each of its sources. '
+                    'Fréchet: distance to val in classifier features, not FID. '
+                    'Agreement: how often the real classifier takes a sample for the class asked for. '
+                    'Both are of the checkpoint that was kept because its Fréchet distance was the lowest, so they flatter a little; '
+                    'those of a few-shot generator are of its novel classes only.', class_='note'),
+            el('div', figs, class_='figs'),
+            el('p', f'Not pictured: {"; ".join(left)}.', class_='note') if left else None, None if gens else missing('a generator')]
 
 # %% ../nbs/08c_report.ipynb #f3e21f70
 def filter_figs(f: Folder, v: RunView) -> list:
@@ -413,7 +470,8 @@ def filter_figs(f: Folder, v: RunView) -> list:
     gone, figs = load_table(f.path/'rejected.parquet').to_pydict(), []
     for rows, words in ((kept, 'kept'), (gone, 'thrown away')):
         at = first(rows['label'], v.shown, v.cfg.samples)
-        x, y = images_at(g, {k: np.asarray(rows[k])[at] for k in ('label', 'index')}, r['seed'], r['dials']) if len(at) else (torch.empty(0, *g.shape, dtype=torch.uint8), torch.empty(0))
+        x, y = (images_at(g, {k: np.asarray(rows[k])[at] for k in ('label', 'index')}, r['seed'], r['dials']) if len(at)
+                else (torch.empty(0, *g.shape, dtype=torch.uint8), torch.empty(0)))
         figs.append(grid(by_class(x, y, v.shown), v.names(), [el('b', words), f' by {f.name}'], v.cfg.samples, v.cfg.tile))
     return figs
 
@@ -423,18 +481,23 @@ def filter_part(f: Folder, v: RunView, pictures: bool) -> list:
     ledger = load_table(f.path/'ledger.parquet').to_pylist()
     chosen = next((i for i, t in enumerate(ledger) if t['tau'] == r['tau']), None)
     short = sum(s['fallback'] for s in r['stats'])
-    text = f'Generator {r["generator"]}. Chosen on val: τ = {r["tau"]:g}, which accepts {r["acceptance"]:.0%} of the candidates; {r["per_class"]:,} images per class are kept'
+    text = (f'Generator {r["generator"]}. Chosen on val: τ = {r["tau"]:g}, which accepts {r["acceptance"]:.0%} of the candidates; '
+            f'{r["per_class"]:,} images per class are kept')
     text += f', {short:,} of them fall-backs (the likeliest of the rejected, where a class ran short).' if short else '; no class ran short.'
     rates = [dict(label=names[s['label']], value=s['acceptance'], text=f'{s["acceptance"]:.0%}', kind='filtered') for s in r['stats']]
-    return [el('h3', f.name), el('p', text), el('p', f'Collapsed classes, under 5 % accepted: {", ".join(r["collapsed"])}.', class_='bad') if r['collapsed'] else None,
+    return [el('h3', f.name), el('p', text),
+            el('p', f'Collapsed classes, under 5 % accepted: {", ".join(r["collapsed"])}.', class_='bad') if r['collapsed'] else None,
             el('div', filter_figs(f, v), class_='figs') if pictures else None,
-            el('details', el('summary', 'Share of candidates accepted, per class'), bars(rates, end=1.), open='' if len(rates) <= 20 and pictures else None),
-            table(['τ tried', 'accepted', 'fall-backs', 'val accuracy of a short training'], [[f'{t["tau"]:g}', f'{t["acceptance"]:.0%}', t['fallback'], f'{percent(t["val_accuracy"], 2)} %'] for t in ledger], chosen)]
+            el('details', el('summary', 'Share of candidates accepted, per class'), bars(rates, end=1.),
+               open='' if len(rates) <= 20 and pictures else None),
+            table(['τ tried', 'accepted', 'fall-backs', 'val accuracy of a short training'],
+                  [[f'{t["tau"]:g}', f'{t["acceptance"]:.0%}', t['fallback'], f'{percent(t["val_accuracy"], 2)} %'] for t in ledger], chosen)]
 
 def filter_section(v: RunView):
     "Every filter stage; the first few with pictures."
     if not v.of('accepted'): return missing('a filter')
-    intro = 'A candidate of class c is kept if the real classifier (trained on train only) finds c most likely, with a probability above τ. In bold: the threshold that val chose.'
+    intro = ('A candidate of class c is kept if the real classifier (trained on train only) finds c most likely, '
+             'with a probability above τ. In bold: the threshold that val chose.')
     return [el('p', intro, class_='note'), [attempt(filter_part, f, v, i < v.cfg.pictured) for i, f in enumerate(v.of('accepted'))]]
 
 # %% ../nbs/08c_report.ipynb #b12a3b8d
@@ -444,8 +507,10 @@ def mixture_section(v: RunView):
     out = []
     for f in v.of('mixture'):
         r, least = f.result, f.settings.get('at_least', 1)
-        rows = [dict(label=t['trial'], value=t['val_accuracy'], text=f'{percent(t["val_accuracy"])} %', kind='mixture' if t['trial'] == r['chosen'] else 'real') for t in r['trials']]
-        text = f'Chosen on val: {r["chosen"]}, {r["per_class"]:,} images per class from {", ".join(r["sources"])}. Dots: val accuracy of a short training on each mixture tried; only those of at least {least} generators could be chosen.'
+        rows = [dict(label=t['trial'], value=t['val_accuracy'], text=f'{percent(t["val_accuracy"])} %',
+                     kind='mixture' if t['trial'] == r['chosen'] else 'real') for t in r['trials']]
+        text = (f'Chosen on val: {r["chosen"]}, {r["per_class"]:,} images per class from {", ".join(r["sources"])}. '
+                f'Dots: val accuracy of a short training on each mixture tried; only those of at least {least} generators could be chosen.')
         out += [el('h3', f.name) if len(v.of('mixture')) > 1 else None, el('p', text), dots(rows)]
     return out
 
@@ -462,8 +527,10 @@ def curves_section(v: RunView):
             if has(f, key): figs.append(curves({key: f.history.column(key)}, f'{f.name}: {words}'))
     for few in (False, True):  # few-shot figures are of novel classes only: another scale
         mine, of = [f for f in gens if (f.stage == 'fewshot') == few], ', novel classes' if few else ''
-        for key, words in (('frechet', 'Fréchet distance to val in classifier features, not FID'), ('agreement', 'share of samples taken for their label')):
-            if lines := {f.name: f.history.column(key) for f in mine if has(f, key)}: figs.append(curves(lines, f'{"few-shot" if few else "generators"}: {words}{of}'))
+        for key, words in (('frechet', 'Fréchet distance to val in classifier features, not FID'),
+                           ('agreement', 'share of samples taken for their label')):
+            if lines := {f.name: f.history.column(key) for f in mine if has(f, key)}:
+                figs.append(curves(lines, f'{"few-shot" if few else "generators"}: {words}{of}'))
     for f in gens:
         losses = sorted({k for r in f.history.rows for k in r if k.startswith('loss')})
         if losses: figs.append(curves({k: f.history.column(k) for k in losses}, f'{f.name}: losses' + ('' if f.manifest else ' (not finished)')))
@@ -474,14 +541,18 @@ def fewshot_section(v: RunView):
     "The supports beside what each adapted generator draws of the novel classes."
     stages = [f for f in v.folders if f.stage == 'fewshot' and f.manifest]
     if not stages: return missing('few-shot fine-tuning')
-    out = [el('p', 'Novel classes, which the generator was trained on from the supports alone; which checkpoint to keep was chosen on the novel classes of val, which has more images of them.', class_='note')]
+    out = [el('p', 'Novel classes, which the generator was trained on from the supports alone; '
+                   'which checkpoint to keep was chosen on the novel classes of val, which has more images of them.', class_='note')]
     for f in stages:
         splits = v.source(f, 'splits')
         fs, train = load_json(splits.path/'fewshot.json'), load_split(splits.path, 'train')
         names, k, n = [train.classes[c] for c in fs['novel']], fs['k'], v.cfg.samples
         before = f.history.column('frechet')[1][0]
-        text = f'Mode {f.settings.get("mode", "?")}, {k} images per class. Fréchet distance to the novel part of val, in classifier features: {before:.2f} before, {f.result["frechet"]:.2f} at step {f.result["best_step"]:,}, where the real classifier takes {f.result["agreement"]:.0%} of the samples for their class.'
-        figs = [grid(list(train.images[fs['supports']].split(k)), names, [el('b', 'supports'), ', from train'], min(k, 10), v.cfg.tile), grid(drawn(f.path, fs['novel'], n), names, [el('b', 'generated'), f' by {f.name}'], n, v.cfg.tile)]
+        text = (f'Mode {f.settings.get("mode", "?")}, {k} images per class. Fréchet distance to the novel part of val, in classifier features: '
+                f'{before:.2f} before, {f.result["frechet"]:.2f} at step {f.result["best_step"]:,}, '
+                f'where the real classifier takes {f.result["agreement"]:.0%} of the samples for their class.')
+        figs = [grid(list(train.images[fs['supports']].split(k)), names, [el('b', 'supports'), ', from train'], min(k, 10), v.cfg.tile),
+                grid(drawn(f.path, fs['novel'], n), names, [el('b', 'generated'), f' by {f.name}'], n, v.cfg.tile)]
         out += [el('h3', f.name), el('p', text), el('div', figs, class_='figs')]
     return out
 
@@ -493,9 +564,13 @@ def splits_section(v: RunView):
         r, train = f.result, load_split(f.path, 'train')
         role = dict(train='what generators and classifiers learn from', val='every choice is made on it', test='sealed, read at the end')
         count = torch.bincount(train.labels, minlength=len(r['classes'])).tolist()
-        rows = [dict(label=f'{c}{" (novel)" if i in r["novel"] else ""}', value=n, text=f'{n:,}', kind='mixture' if i in r['novel'] else 'synthetic') for i, (c, n) in enumerate(zip(r['classes'], count))]
+        rows = [dict(label=f'{c}{" (novel)" if i in r["novel"] else ""}', value=n, text=f'{n:,}', kind='mixture' if i in r['novel'] else 'synthetic')
+                for i, (c, n) in enumerate(zip(r['classes'], count))]
         c, h, w = r['shape']
-        out += [el('h3', f.name) if len(v.of('splits')) > 1 else None, el('p', f'Data set {r["dataset"]}: {len(r["classes"])} classes, images of {h} × {w} pixels, {"grey" if c == 1 else f"{c} channels"}. Cut {r["cut"][:12]}; novel classes for few-shot work: {", ".join(r["classes"][i] for i in r["novel"])}.'),
+        out += [el('h3', f.name) if len(v.of('splits')) > 1 else None,
+                el('p', f'Data set {r["dataset"]}: {len(r["classes"])} classes, images of {h} × {w} pixels, '
+                        f'{"grey" if c == 1 else f"{c} channels"}. Cut {r["cut"][:12]}; '
+                        f'novel classes for few-shot work: {", ".join(r["classes"][i] for i in r["novel"])}.'),
                 table(['part', 'images', 'digest', 'for'], [[k, f'{n:,}', el('code', r['digests'][k][:12]), role[k]] for k, n in r['sizes'].items()]),
                 el('details', el('summary', 'Training images per class'), bars(rows), open='' if len(rows) <= 20 else None)]
     return out or missing('splits')
@@ -504,15 +579,20 @@ def splits_section(v: RunView):
 def optimism_part(e: Folder) -> list:
     "What choosing on test would have claimed, for every search of the run."
     if not e.result.get('optimism'): return [missing('a search, so no selection optimism')]
-    rows = [[o['stage'], o['trials'], f'{percent(o["honest"], 2)} %', f'{percent(o["published"], 2)} %', f'{percent(o["optimism"], 2)} points'] for o in e.result['optimism']]
-    return [el('p', 'Selection optimism. Thresholds and mixtures were chosen on val. Of the same short trial trainings, the best by test scores this much higher on test than the best by val: what choosing on test, as published systems did, would have claimed. It cannot be negative.'),
+    rows = [[o['stage'], o['trials'], f'{percent(o["honest"], 2)} %', f'{percent(o["published"], 2)} %', f'{percent(o["optimism"], 2)} points']
+            for o in e.result['optimism']]
+    return [el('p', 'Selection optimism. Thresholds and mixtures were chosen on val. Of the same short trial trainings, '
+                    'the best by test scores this much higher on test than the best by val: '
+                    'what choosing on test, as published systems did, would have claimed. It cannot be negative.'),
             table(['search', 'trials', 'best by val', 'best by test', 'optimism'], rows)]
 
 def openings_part(cut: str) -> list:
     "Who opened the sealed test split of a cut, why and when."
     rows = openings(cut)
     if not rows: return [el('p', f'This machine\'s ledger has no opening of the test split of cut {cut[:12]}.')]
-    return [el('p', f'The test split of cut {cut[:12]} has been opened {len(rows)} time{"s" * (len(rows) > 1)} on this machine, by all runs together; the same work repeated counts once. The more often, the less a small improvement means.'), table(['who', 'why', 'when'], [[r['who'], r['why'], r['when']] for r in rows], kind='text')]
+    return [el('p', f'The test split of cut {cut[:12]} has been opened {len(rows)} time{"s" * (len(rows) > 1)} on this machine, '
+                    'by all runs together; the same work repeated counts once. The more often, the less a small improvement means.'),
+            table(['who', 'why', 'when'], [[r['who'], r['why'], r['when']] for r in rows], kind='text')]
 
 def leak_part(v: RunView) -> Html | None:
     "Does anything say that it trained on val or test? Compared by the digests of whole splits."
@@ -520,14 +600,16 @@ def leak_part(v: RunView) -> Html | None:
     bad = [f'{f.name} was trained on {sealed[d]}' for f in v.folders if f.manifest for d in f.manifest['saw'] if d in sealed]
     trained = [f.name for f in v.folders if f.manifest and f.manifest['saw']]
     if bad: return el('p', f'Contamination: {"; ".join(bad)}. The scores above mean nothing.', class_='bad')
-    return el('p', f'No stage lists the val or test split among what it trained on (checked: {", ".join(trained)}). Whole splits are compared by digest; a part of one would not be noticed.') if trained and sealed else None
+    return el('p', f'No stage lists the val or test split among what it trained on (checked: {", ".join(trained)}). '
+                   'Whole splits are compared by digest; a part of one would not be noticed.') if trained and sealed else None
 
 def honesty_section(v: RunView):
     "Optimism, openings, contamination, machine, seeds."
     out = [optimism_part(e) for e in v.of('scores')] + [openings_part(f.result['cut']) for f in v.of('splits')] + [leak_part(v)]
     seeds = {f.name: f.settings.get('seeds', f.settings.get('seed')) for f in v.folders if f.manifest}
     m = load_json(v.run/'run.json')['machine'] if (v.run/'run.json').exists() else {}
-    return [out, el('p', 'Machine: ', ', '.join(f'{k.replace("_", " ")} {x}' for k, x in m.items()) or 'not recorded', '. Seeds: ', ', '.join(f'{k} {s}' for k, s in seeds.items() if s is not None) or 'none', '.')]
+    return [out, el('p', 'Machine: ', ', '.join(f'{k.replace("_", " ")} {x}' for k, x in m.items()) or 'not recorded',
+                    '. Seeds: ', ', '.join(f'{k} {s}' for k, s in seeds.items() if s is not None) or 'none', '.')]
 
 # %% ../nbs/08c_report.ipynb #c99d5627
 def times_part(v: RunView) -> list:
@@ -536,7 +618,8 @@ def times_part(v: RunView) -> list:
     rows = [dict(label=f.name, value=f.manifest['seconds'], text=span(f.manifest['seconds'])) for f in done]
     if not rows: return [missing('a finished stage')]
     begun = time.strftime('%Y-%m-%d %H:%M', time.localtime(min(f.manifest['started'] for f in done)))
-    return [el('p', f'{span(sum(r["value"] for r in rows))} of work in {len(rows)} stages, begun {begun}. A stage that was resumed counts from its last start.'), bars(rows)]
+    return [el('p', f'{span(sum(r["value"] for r in rows))} of work in {len(rows)} stages, begun {begun}. '
+                    'A stage that was resumed counts from its last start.'), bars(rows)]
 
 def provenance_section(v: RunView):
     "Time, what was asked, versions, digests, settings."
@@ -544,14 +627,20 @@ def provenance_section(v: RunView):
     versions = sorted({', '.join(f'{k} {x}' for k, x in f.manifest['versions'].items()) for f in done})
     rows = [[f.name, f.stage, el('code', f.manifest['digest'][:12]), el('code', f.manifest['code'][:12])] for f in done]
     fold = lambda title, body: el('details', el('summary', title), body)
-    return [times_part(v), fold('What was asked: params.yaml', el('pre', asked.read_text())) if asked.exists() else el('p', 'No params.yaml: this run was not started by the runner.', class_='note'),
-            fold('Settings of every stage', el('pre', '\n\n'.join(f'{f.name}\n' + '\n'.join(f'  {k}: {json.dumps(x)}' for k, x in f.settings.items()) for f in done))),
-            fold('Digests of artefacts and code', table(['folder', 'stage', 'artefacts', 'code'], rows, kind='text')), el('p', f'Versions: {"; or ".join(versions) or "none recorded"}.', class_='note')]
+    return [times_part(v),
+            fold('What was asked: params.yaml', el('pre', asked.read_text())) if asked.exists()
+            else el('p', 'No params.yaml: this run was not started by the runner.', class_='note'),
+            fold('Settings of every stage', el('pre', '\n\n'.join(
+                f'{f.name}\n' + '\n'.join(f'  {k}: {json.dumps(x)}' for k, x in f.settings.items()) for f in done))),
+            fold('Digests of artefacts and code', table(['folder', 'stage', 'artefacts', 'code'], rows, kind='text')),
+            el('p', f'Versions: {"; or ".join(versions) or "none recorded"}.', class_='note')]
 
 # %% ../nbs/08c_report.ipynb #0464ec53
-SECTIONS = dict(score=('The score', headline_section), table=('The table', table_section), samples=('Samples', samples_section), filter=('What the filter kept', filter_section),
-                mixture=('Mixture', mixture_section), curves=('Learning curves', curves_section), fewshot=('Few-shot', fewshot_section), splits=('Data', splits_section),
-                honesty=('What speaks against it', honesty_section), provenance=('Time and provenance', provenance_section))
+SECTIONS = dict(
+    score=('The score', headline_section), table=('The table', table_section), samples=('Samples', samples_section),
+    filter=('What the filter kept', filter_section), mixture=('Mixture', mixture_section), curves=('Learning curves', curves_section),
+    fewshot=('Few-shot', fewshot_section), splits=('Data', splits_section), honesty=('What speaks against it', honesty_section),
+    provenance=('Time and provenance', provenance_section))
 
 def section(key: str, v: RunView) -> Html:
     "One section of the page; an error becomes a sentence in it."
@@ -562,12 +651,14 @@ def state_part(v: RunView) -> list:
     "What is unfinished or absent, and a warning about stand-in data."
     open_, have = [f for f in v.folders if not f.manifest], {f.stage for f in v.folders}
     absent, smoke = [s for s in STAGES if s not in have and s != 'report'], any(f.result.get('smoke') for f in v.of('splits'))
-    return [el('p', 'The images are random stand-ins: this run only checks that the chain is wired right, and its figures mean nothing.', class_='warn') if smoke else None,
+    return [el('p', 'The images are random stand-ins: this run only checks that the chain is wired right, and its figures mean nothing.',
+               class_='warn') if smoke else None,
             [el('p', f'{f.name}: {f.trouble}.', class_='warn') for f in open_], missing(', '.join(absent)) if absent else None]
 
 def page(title: str, body) -> str:
     "A whole HTML document."
-    head = [el('meta', charset='utf-8'), el('meta', name='viewport', content='width=device-width,initial-scale=1'), el('meta', name='color-scheme', content='light dark'), el('title', title), Html(f'<style>body{{margin:0}}{STYLE}</style>')]
+    head = [el('meta', charset='utf-8'), el('meta', name='viewport', content='width=device-width,initial-scale=1'),
+            el('meta', name='color-scheme', content='light dark'), el('title', title), Html(f'<style>body{{margin:0}}{STYLE}</style>')]
     return '<!doctype html>\n' + el('html', el('head', head), el('body', el('main', body), class_='report'), lang='en')
 
 def make_report(
@@ -578,7 +669,8 @@ def make_report(
     "The report of a run: one self-contained page of whatever stages exist."
     v = RunView(run, cfg := cfg or ReportConfig(), also)
     title, s = cfg.title or v.run.resolve().name, v.one('splits')
-    words = f'{s.result.get("dataset", "?") if s else "no data yet"} · {len([f for f in v.folders if f.manifest])} finished stages · written {time.strftime("%Y-%m-%d %H:%M")} by synthlit'
+    words = (f'{s.result.get("dataset", "?") if s else "no data yet"} · {len([f for f in v.folders if f.manifest])} finished stages · '
+             f'written {time.strftime("%Y-%m-%d %H:%M")} by synthlit')
     nav = el('nav', [[el('a', t, href=f'#{k}'), ' '] for k, (t, _) in SECTIONS.items()])
     return page(title, [el('h1', title), el('p', words, class_='note'), nav, state_part(v), [section(k, v) for k in SECTIONS]])
 
@@ -592,11 +684,14 @@ def compare_runs(
         for e in [f for f in survey(run) if f.kind == 'scores' and f.manifest]:
             cuts.add(e.result['cut'])
             tag = run.resolve().name + ('' if e.name == 'evaluate' else f' ({e.name})')
-            rows += [dict(r, row=f'{tag}: {r["row"]}') for r in (next(r for r in e.result['table'] if r['kind'] == 'real'), headline_row(e.result['table'])) if r]
+            rows += [dict(r, row=f'{tag}: {r["row"]}')
+                     for r in (next(r for r in e.result['table'] if r['kind'] == 'real'), headline_row(e.result['table'])) if r]
     if not rows: return page('Comparison', [el('h1', 'Comparison of runs'), missing('an evaluation in any of these runs')])
-    warn = el('p', f'These runs use {len(cuts)} different cuts, so different test images: small differences mean nothing.', class_='warn') if len(cuts) > 1 else None
+    warn = el('p', f'These runs use {len(cuts)} different cuts, so different test images: small differences mean nothing.',
+              class_='warn') if len(cuts) > 1 else None
     draw = dots([dict(label=r['row'], value=r['test'], low=r['low'], high=r['high'], text=f'{percent(r["test"])} %', kind=r['kind']) for r in rows])
-    own = el('p', 'Each run has its own real classifier: compare the Fréchet distance and the measures after it within a run, not between runs.', class_='note')
+    own = el('p', 'Each run has its own real classifier: compare the Fréchet distance and the measures after it within a run, not between runs.',
+             class_='note')
     return page('Comparison', [el('h1', 'Comparison of runs'), warn, draw, score_table(rows), own])
 
 # %% ../nbs/08c_report.ipynb #7894c7e8
@@ -609,6 +704,7 @@ def run_report(stage: Stage) -> dict:
     text = make_report(stage.run, stage.cfg, [f for fs in stage.inputs.values() for f in fs])
     with atomic(stage.dir/'report.html') as tmp: tmp.write_text(text, encoding='utf-8')
     scores = [load_json(f/'result.json') for f in stage.inputs.get('scores', [])]
-    result = dict(headline=[headline(r['table'], r['n_test']) for r in scores], sections=list(SECTIONS), stages=[f.name for f in survey(stage.run) if f.manifest])
+    result = dict(headline=[headline(r['table'], r['n_test']) for r in scores], sections=list(SECTIONS),
+                  stages=[f.name for f in survey(stage.run) if f.manifest])
     stage.finish(result)
     return result

@@ -17,7 +17,8 @@ from .data import DataError, columns_of, decode, fit_image, open_set, shards_of
 class Files(Dataset):
     "Image files by number: item i is a C×H×W uint8 tensor."
     group: np.ndarray | None = None  # any order is as good as any other
-    def __init__(self, paths: list, size: int | None, fit: str, channels: int): self.paths, self.size, self.fit, self.channels = list(paths), size, fit, channels
+    def __init__(self, paths: list, size: int | None, fit: str, channels: int):
+        self.paths, self.size, self.fit, self.channels = list(paths), size, fit, channels
     def __len__(self): return len(self.paths)
     def cell(self, i: int):
         "(name for messages, what `decode` takes)."
@@ -81,7 +82,8 @@ class Streamed:
         labels,  # N integers
         workers: int | None = None,  # processes that decode; None = one a core, 0 = decode in the training process
     ):
-        if len(images) != len(labels) or not len(labels): raise SettingError(f'a source needs as many images as labels and at least one, got {len(images)} and {len(labels)}')
+        if len(images) != len(labels) or not len(labels):
+            raise SettingError(f'a source needs as many images as labels and at least one, got {len(images)} and {len(labels)}')
         self.data, self.workers = Labelled(images, np.asarray(labels)), cores() if workers is None else workers
         self.shape = tuple(images[0].shape)
     def __len__(self): return len(self.data.labels)
@@ -89,7 +91,8 @@ class Streamed:
         "Batches of an epoch whose images come in `order`, from number `first` on."
         order = local_order(order, self.data.images.group)
         lists = [order[i:i + batch] for i in range(first*batch, len(order) - batch + 1, batch)]
-        yield from DataLoader(self.data, batch_sampler=lists, num_workers=self.workers, collate_fn=stack, worker_init_fn=lambda _: torch.set_num_threads(1))
+        yield from DataLoader(self.data, batch_sampler=lists, num_workers=self.workers, collate_fn=stack,
+                              worker_init_fn=lambda _: torch.set_num_threads(1))
 
 def stream(
     folder,  # an image folder, or Parquet shards

@@ -55,10 +55,12 @@ class GanConfig:
     def check(self, facts: dict):
         "Refuse what the data cannot give."
         if self.batch > facts['n_train']: raise SettingError(f'gan.batch = {self.batch}: the training split has only {facts["n_train"]} images')
-        n = facts['n_train']*(facts['classes'] - facts['novel'])//facts['classes'] if self.classes == 'base' and 'novel' in facts else facts['n_train']
+        n = (facts['n_train']*(facts['classes'] - facts['novel'])//facts['classes'] if self.classes == 'base' and 'novel' in facts
+             else facts['n_train'])
         if self.batch > n: raise SettingError(f'gan.batch = {self.batch}: the base classes have only about {n} training images')
         if self.batch % self.pack: raise SettingError(f'gan.batch = {self.batch} must be a multiple of gan.pack = {self.pack}')
-        if self.r1 and self.norm: raise SettingError('gan.r1 needs gan.norm = false: with batch norm a score depends on the other packs, and so would its gradient')
+        if self.r1 and self.norm:
+            raise SettingError('gan.r1 needs gan.norm = false: with batch norm a score depends on the other packs, and so would its gradient')
     def total(self, n_train: int) -> int: return self.epochs*max(1, n_train//self.batch) if self.epochs else self.steps
 
 GAN_PRESETS = dict(
@@ -75,7 +77,8 @@ class GanGenerator(Generator):
     "A trained conditional GAN. Dial `std`: scale of the latent (above 1: more variety, GaFi's expansion trick)."
     family, dials = 'synthlit.gan.train:GanGenerator', dict(std=1.)
     def __init__(self, net: DCGenerator, classes: list, shape, trained: list, width: int, device='cpu'):
-        self.net, self.classes, self.shape, self.trained, self.width, self.device = net.eval().to(device), list(classes), tuple(shape), list(trained), width, device
+        self.net, self.classes, self.shape, self.trained, self.width, self.device = (
+            net.eval().to(device), list(classes), tuple(shape), list(trained), width, device)
     def state(self) -> tuple: return self.net.state_dict(), dict(width=self.width, z=self.net.z)
     @classmethod
     def from_state(cls, tensors, meta, device='cpu'):
@@ -104,7 +107,8 @@ class Packs:
         n, k = self.batch//self.pack, len(self.labels)
         y = np.sort(self.labels[(r.permutation(k)[np.arange(n) % k])]).repeat(self.pack)
         first, size = r.random(n), np.array([len(self.rows[c]) for c in y[::self.pack]])
-        hop = np.cumsum(1 + (r.random((n, self.pack))*np.maximum(1, size//self.pack)[:, None]).astype(int), 1)  # hops of 1..size/pack: never back to the same image
+        # hops of 1..size/pack: never back to the same image
+        hop = np.cumsum(1 + (r.random((n, self.pack))*np.maximum(1, size//self.pack)[:, None]).astype(int), 1)
         rows = np.array([self.rows[c][(int(f*k) + h) % k] for c, f, k, hs in zip(y[::self.pack], first, size, hop) for h in hs])
         return self.images[torch.from_numpy(rows)], torch.from_numpy(y)
 
@@ -197,7 +201,10 @@ def train_gan(
         losses = gan_step(s, images, y, step, total)
         if (step + 1) % s.cfg.log_every == 0 or step + 1 == total:
             ok = all(torch.isfinite(l) for l in losses)
-            if not ok: raise FloatingPointError(f'{stage.dir.name}: the loss is not a number at step {step + 1}; the checkpoint of step {start if not stage.checkpoints.paths() else stage.checkpoints.paths()[-1].stem[5:]} is kept. Try a smaller lr_g and lr_d')
+            if not ok:
+                raise FloatingPointError(
+                    f'{stage.dir.name}: the loss is not a number at step {step + 1}; the checkpoint of step '
+                    f'{start if not stage.checkpoints.paths() else stage.checkpoints.paths()[-1].stem[5:]} is kept. Try a smaller lr_g and lr_d')
             stage.history.log(step + 1, loss_d=losses[0], loss_g=losses[1])
         if (step + 1) % s.cfg.eval_every == 0 or step + 1 == total: watching(s, step + 1)
         if (step + 1) % min(500, s.cfg.eval_every) == 0 or step + 1 == total: stage.history.save(), stage.checkpoints.save(step + 1, s.state())
@@ -229,7 +236,8 @@ def run_gan(stage: Stage) -> dict:
     cfg.check(dict(n_train=len(part)))
     s, total = GanState(cfg, train.images.shape[1:], len(train.classes), stage.machine), cfg.total(len(part))
     stage.tensorboard()
-    train_gan(s, Packs(part, labels, cfg.batch, cfg.pack, cfg.seed, stage.device), total, stage, lambda s, step: keep_best(s, step, stage, val, classifier, labels, labels))
+    train_gan(s, Packs(part, labels, cfg.batch, cfg.pack, cfg.seed, stage.device), total, stage,
+              lambda s, step: keep_best(s, step, stage, val, classifier, labels, labels))
     return finish_gan(s, stage, part, total, labels)
 
 def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list) -> dict:
@@ -238,7 +246,8 @@ def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list)
     save_tensors(stage.dir/'last'/'discriminator.safetensors', s.D.state_dict())
     rows = [r for r in stage.history.rows if r.get('frechet') is not None]
     best = min(rows, key=lambda r: r['frechet'])
-    result = dict(steps=total, best_step=best['step'], frechet=best['frechet'], agreement=best['agreement'], trained=labels, n_train=len(part), digest=load_generator(stage.dir).digest)
+    result = dict(steps=total, best_step=best['step'], frechet=best['frechet'], agreement=best['agreement'],
+                  trained=labels, n_train=len(part), digest=load_generator(stage.dir).digest)
     stage.saw = list(part.saw)
     stage.finish(result)
     return result
