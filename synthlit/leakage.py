@@ -42,7 +42,7 @@ def best_first(p: Pairs) -> Pairs:
     "Sorted by score, exact ones first; ties by position."
     return p.take(torch.from_numpy(np.lexsort((p.a.numpy(), p.b.numpy(), -p.score.numpy(), ~p.exact.numpy()))))
 
-# %% ../nbs/01b_leakage.ipynb #8e5d5439
+# %% ../nbs/01b_leakage.ipynb #ffdd4b6f
 def fingerprints(images: torch.Tensor) -> list:
     "A 16-byte digest per image."
     return [hashlib.blake2b(x, digest_size=16).digest() for x in np.ascontiguousarray(images.numpy())]
@@ -65,7 +65,7 @@ def exact_pairs(
     if b is None: found = {(first_a[f], j) for j, f in enumerate(fa) if first_a[f] < j}
     else: found = {(first_a[f], j) for j, f in enumerate(fb) if f in first_a} | {(i, first_b[f]) for i, f in enumerate(fa) if f in first_b}
     ab = torch.tensor(sorted(found), dtype=torch.int64).view(-1, 2)
-    return Pairs(ab[:, 0], ab[:, 1], torch.ones(len(ab)), torch.ones(len(ab), dtype=torch.bool))
+    return Pairs(ab[:, 0], ab[:, 1], torch.ones(len(ab)), torch.ones(len(ab), dtype=torch.bool), names=('a', 'a' if b is None else 'b'))
 
 # %% ../nbs/01b_leakage.ipynb #1b3a22db
 def odd(x: float) -> int:
@@ -178,7 +178,7 @@ def candidates(
     found = torch.cat(found)
     return (found.sort(1).values if inside else found).unique(dim=0)
 
-# %% ../nbs/01b_leakage.ipynb #6e01311c
+# %% ../nbs/01b_leakage.ipynb #1efcd1c0
 def near_pairs(
     a: torch.Tensor,  # N×C×H×W uint8
     b: torch.Tensor | None = None,  # M×C×H×W uint8; None: pairs inside a
@@ -193,13 +193,13 @@ def near_pairs(
     check_images(a, *([] if b is None else [b]))
     if not 0 < threshold <= 1: raise SettingError(f'threshold = {threshold}: a correlation in (0, 1] is needed')
     q, shift = a if b is None else b, max(1, round(a.shape[2]/16)) if shift is None else shift
-    if not len(a) or not len(q): return exact_pairs(a[:0])
+    if not len(a) or not len(q): return exact_pairs(a[:0], b if b is None else b[:0])
     ab = candidates(a, b, k, max(1, int(budget*2**20/4/len(a))), least)
     score = torch.cat([best_cosine(detail(a[c[:, 0]]), detail(q[c[:, 1]]), shift) for c in ab.split(chunk)])
     keep = score >= threshold
     ab, score = ab[keep], score[keep].clamp(max=1.)
     exact = torch.tensor([torch.equal(a[i], q[j]) for i, j in ab.tolist()], dtype=torch.bool)
-    return best_first(Pairs(ab[:, 0], ab[:, 1], score, exact))
+    return best_first(Pairs(ab[:, 0], ab[:, 1], score, exact, names=('a', 'a' if b is None else 'b')))
 
 # %% ../nbs/01b_leakage.ipynb #ac968928
 def planted(
@@ -264,7 +264,7 @@ def joined(p: Pairs, q: Pairs) -> Pairs:
     _, first = np.unique(np.stack([cat['a'].numpy(), cat['b'].numpy()]), axis=1, return_index=True)
     return best_first(Pairs(**cat).take(torch.from_numpy(first)))
 
-# %% ../nbs/01b_leakage.ipynb #82f5c4bb
+# %% ../nbs/01b_leakage.ipynb #62dc1a7f
 def show_pairs(
     p: Pairs,
     a,  # Split or images that p.a counts in
@@ -281,7 +281,7 @@ def show_pairs(
     for ax in axes.flat: ax.axis('off')
     for i, ax in zip(range(n), axes.flat):
         pair = torch.cat([F.pad(x[p.a[i]], (0, 1), value=255), y[p.b[i]]], 2).permute(1, 2, 0)
-        ax.imshow(pair.squeeze(), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+        ax.imshow(pair.squeeze().numpy(), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
         said = '' if p.same is None else '' if p.same[i] else f' {a.classes[a.labels[p.a[i]]]}|{b.classes[b.labels[p.b[i]]]}'
         ax.set_title(f'{i}: ' + ('=' if p.exact[i] else f'{p.score[i]:.3f}') + said, fontsize=7, pad=2)
     fig.suptitle(title or f'{p.names[0]} | {p.names[1]}: {n} of {len(p)} pairs', fontsize=9)
@@ -345,7 +345,7 @@ def deduplicate(
     report = dict(how=how, threshold=t, rows=audit_rows(found, parts), removed=gone, digests={m: [parts[m].digest, s.digest] for m, s in new.items()})
     return {m: replace(s, cut=cut) for m, s in new.items()}, report
 
-# %% ../nbs/01b_leakage.ipynb #9f0158d8
+# %% ../nbs/01b_leakage.ipynb #9380b17d
 CURVE = (.6, .65, .7, .75, .8, .85, .9, .95, .97, .98, .99, .995)  # thresholds reported
 
 def near_threshold(p: Pairs, t: float, n: int) -> Pairs:
@@ -374,19 +374,19 @@ def audit_dataset(
 ) -> dict:  # the summary, also in {dataset}.json
     "Audit the published train and test of a data set; writes {dataset}.json, {dataset}.parquet and two pictures."
     import resource
-    x, xt = published(dataset)
+    (x, xt), file = published(dataset), f'{Path(out)/Path(dataset).name}'
     t, clock = threshold_for(x) if threshold is None else threshold, [time.perf_counter()]
     p = duplicates(x, xt, threshold=lowest, **more)
     clock.append(time.perf_counter())
     inside = duplicates(x, threshold=max(lowest, CURVE[0]), **more)
     clock.append(time.perf_counter())
-    save_table(Path(out)/f'{dataset}.parquet', dict(train=p.a.tolist(), test=p.b.tolist(), score=p.score.tolist(), exact=p.exact.tolist(), same=p.same.tolist()))
-    for k, q in dict(some=some_pairs(p.above(t), n), near=near_threshold(p, t, n)).items(): save_pairs(Path(out)/f'{dataset}-{k}.png', q, x, xt, n)
+    save_table(f'{file}.parquet', dict(train=p.a.tolist(), test=p.b.tolist(), score=p.score.tolist(), exact=p.exact.tolist(), same=p.same.tolist()))
+    for k, q in dict(some=some_pairs(p.above(t), n), near=near_threshold(p, t, n)).items(): save_pairs(f'{file}-{k}.png', q, x, xt, n)
     found = {c: [float((s >= u).float().mean()) for u in CURVE] for c, s in planted(x.images, 300, **more).items()}
-    result = dict(dataset=dataset, n_train=len(x), n_test=len(xt), digests=[x.digest, xt.digest], threshold=t, thresholds=list(CURVE), lowest=lowest, settings=more,
+    result = dict(dataset=Path(dataset).name, n_train=len(x), n_test=len(xt), digests=[x.digest, xt.digest], threshold=t, thresholds=list(CURVE), lowest=lowest, settings=more,
                   test=counts(p, 'test', t), train=counts(inside, 'train', t), found=found, seconds=dict(zip(('test', 'train'), np.diff(clock).tolist())),
                   threads=torch.get_num_threads(), peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
-    save_json(Path(out)/f'{dataset}.json', result)
+    save_json(f'{file}.json', result)
     return result
 
 def published(dataset: str, download: bool = True) -> tuple:
@@ -394,7 +394,7 @@ def published(dataset: str, download: bool = True) -> tuple:
     data = load_data(SplitsConfig(dataset=dataset, download=download))
     if 'test' not in data: raise SettingError(f'{dataset} has no test split of its own: cut it and use `audit`')
     t = {k: (torch.from_numpy(np.array(data[k][0])), torch.from_numpy(data[k][1].astype(np.int64))) for k in ('train', 'test')}
-    return tuple(Split(f'{dataset}/{k}', *v, data['classes'], digest(*v), '') for k, v in t.items())
+    return tuple(Split(f'{Path(dataset).name}/{k}', *v, data['classes'], digest(*v), '') for k, v in t.items())
 
 def save_pairs(path, p: Pairs, a, b, n: int):
     "The picture of `show_pairs` as a small PNG file."
