@@ -22,6 +22,10 @@ test: .venv/.installed-dev ## all checks, in the order below (CI runs this); WOR
 bench: .venv/.installed-dev ## our speed beside public peers
 	$(V)/python tests/bench.py
 
+results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb
+	for p in fast_fashion_mnist fast_cifar10; do $(V)/synthlit run $$p && for s in runs/$$p/*[0-9]/; do \
+	  mkdir -p nbs/results/fast/$$p/$$(basename $$s) && cp $$s/manifest.json $$s/result.json $$s/history.parquet nbs/results/fast/$$p/$$(basename $$s)/ || exit 1; done; done
+
 torture: .venv/.installed-dev ## kill runs at random moments, N=100 times, and resume them
 	SYNTHLIT_TORTURE=$(N) $(V)/python -m pytest -rs tests/test_torture.py
 

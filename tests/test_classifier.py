@@ -76,6 +76,16 @@ def test_parameter_counts(name, channels, classes, width, n):
     assert size_of(build_net(name, channels, classes, width)) == n
 
 
+def test_timm_by_name():
+    """ResNet-50 with ten classes has the parameters that others count; features are what the head is given; a misspelt name is helped."""
+    pytest.importorskip("timm")
+    net = build_net("timm:resnet50", 3, 10).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert size_of(net) == 23528522 and torch.allclose(net.head(net.features(x)), net(x))
+    with pytest.raises(SettingError, match="did you mean 'resnet50'"):
+        build_net("timm:resnet5O", 3, 10)
+
+
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet14", "resnet32", "resnet44", "resnet56"])
 def test_networks_take_all_sizes_and_channels(name):
     for channels, side in ((1, 8), (1, 28), (3, 32), (3, 64)):
