@@ -41,11 +41,13 @@ class DataSpec:
 TEN = tuple(map(str, range(10)))
 FASHION = ('T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-CIFAR100 = tuple('''apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle
+CIFAR100 = tuple(
+    '''apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle
     chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
     lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
     pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
-    streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''.split())
+    streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''
+    .split())
 EMNIST = tuple('0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt')  # "balanced": letters whose two cases look alike are merged
 EUROSAT = ('AnnualCrop', 'Forest', 'HerbaceousVegetation', 'Highway', 'Industrial', 'Pasture', 'PermanentCrop', 'Residential', 'River', 'SeaLake')
 DERMA = ('actinic keratoses and intraepithelial carcinoma', 'basal cell carcinoma', 'benign keratosis-like lesions', 'dermatofibroma',
@@ -100,7 +102,8 @@ def search_path(name: str, root: str = '') -> list:
 def remote(name: str) -> list:
     "(file, addresses, md5) of what a data set consists of; [] where it cannot be downloaded by a program."
     from torchvision import datasets as tv
-    if kind := dict(mnist=tv.MNIST, fashion_mnist=tv.FashionMNIST).get(name): return [(f, [m + f for m in kind.mirrors], md5) for f, md5 in kind.resources]
+    if kind := dict(mnist=tv.MNIST, fashion_mnist=tv.FashionMNIST).get(name):
+        return [(f, [m + f for m in kind.mirrors], md5) for f, md5 in kind.resources]
     if name == 'emnist': return [('gzip.zip', [tv.EMNIST.url], tv.EMNIST.md5)]
     if name == 'omniglot': return [(f'{f}.zip', [f'{tv.Omniglot.download_url_prefix}/{f}.zip'], md5) for f, md5 in tv.Omniglot.zips_md5.items()]
     if name == 'svhn': return [(f, [url], md5) for url, f, md5 in (tv.SVHN.split_list[p] for p in ('train', 'test'))]
@@ -281,7 +284,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 def idx_part(x: np.ndarray, y: np.ndarray, where) -> Part:
     "A part of two IDX files: images N×H×W and labels."
-    if len(x) != len(y): raise DataError(f'{where[0]} holds {len(x)} images and {where[1]} {len(y)} labels: one of them is truncated, or of another set')
+    if len(x) != len(y):
+        raise DataError(f'{where[0]} holds {len(x)} images and {where[1]} {len(y)} labels: one of them is truncated, or of another set')
     return Part(str(where[0]), y.astype(np.int64), array=lambda: np.ascontiguousarray(x)[:, None])
 
 def open_idx(ask: Ask) -> Opened:
@@ -317,7 +321,8 @@ def records(raw: bytes, where, labels: int, n: int) -> np.ndarray:
     "Records of label bytes and 3,072 image bytes; `DataError` if the file was cut."
     size = 3072 + labels
     if not raw or len(raw) % size or (n and len(raw) != n*size):
-        raise DataError(f'{where} is missing or truncated ({len(raw):,} bytes are not {n or "whole"} records of {size:,}): delete its folder and load it again')
+        raise DataError(f'{where} is missing or truncated ({len(raw):,} bytes are not {n or "whole"} records of {size:,}): '
+                        'delete its folder and load it again')
     return np.frombuffer(raw, np.uint8).reshape(-1, size)
 
 def open_cifar(ask: Ask) -> Opened:
@@ -351,9 +356,11 @@ def open_svhn(ask: Ask) -> Opened:
 def npz_part(z, path, part: str) -> Part:
     "The images and labels of one part of an `.npz` file in MedMNIST's layout."
     x, y = z[f'{part}_images'], z[f'{part}_labels']
-    if x.dtype != np.uint8 or x.ndim not in (3, 4): raise DataError(f'{path}: {part}_images is {x.dtype} {x.shape}; expected uint8 N×H×W or N×H×W×3')
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise DataError(f'{path}: {part}_images is {x.dtype} {x.shape}; expected uint8 N×H×W or N×H×W×3')
     if y.size != len(x): raise DataError(f'{path}: {part}_labels {y.shape} does not give {len(x)} images one label each')
-    return Part(f'{path}, {part}', y.ravel().astype(np.int64), array=lambda: x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    return Part(f'{path}, {part}', y.ravel().astype(np.int64),
+                array=lambda: x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 def open_npz(path: Path) -> Opened:
     "An `.npz` file with train_images, train_labels, and perhaps val_... and test_..., as MedMNIST's; nothing is unpickled."
@@ -378,7 +385,8 @@ def columns_of(path: Path) -> tuple:
     except Exception as e: raise DamagedFile(f'{path} cannot be read as Parquet: {e}') from e
     image, label = (next((c for c in names if c in s.names), None) for names in (('image', 'img'), ('fine_label', 'label')))
     if not (image and label): raise DataError(f'{path} has columns {s.names}; expected image and label')
-    if not pa.types.is_integer(s.field(label).type): raise DataError(f'{path}: column {label} holds {s.field(label).type}; expected integers (0 to classes - 1)')
+    if not pa.types.is_integer(s.field(label).type):
+        raise DataError(f'{path}: column {label} holds {s.field(label).type}; expected integers (0 to classes - 1)')
     info = json.loads((s.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
     return image, label, list((info.get(label) or {}).get('names') or [])
 
@@ -419,7 +427,8 @@ def path_cells(files: list):
 def folder_part(folder: Path, classes: list) -> Part:
     "The images of class folders."
     files = [images_in(folder/c) for c in classes]
-    return Part(str(folder), np.repeat(np.arange(len(classes)), [len(f) for f in files]), functools.partial(path_cells, [p for f in files for p in f]))
+    return Part(str(folder), np.repeat(np.arange(len(classes)), [len(f) for f in files]),
+                functools.partial(path_cells, [p for f in files for p in f]))
 
 def list_part(path: Path) -> tuple:  # (Part, class names or [])
     "The images of a file list: lines `<path> <label>`, paths relative to the list; class names are the folders, where each class has its own."
@@ -514,8 +523,8 @@ def take_subset(found: Opened, name: str, where) -> Opened:
 
 # %% ../nbs/00d_data.ipynb #079e3bc2
 OPENERS: dict[str, Callable] = dict(
-    digits=open_digits, mnist=open_idx, fashion_mnist=open_idx, emnist=open_emnist, cifar10=open_cifar,
-    cifar100=open_cifar, svhn=open_svhn, dermamnist=lambda ask: open_npz(fetch(ask)[0]), eurosat=open_zip_folder, omniglot=open_omniglot, cinic10=fetch,
+    digits=open_digits, mnist=open_idx, fashion_mnist=open_idx, emnist=open_emnist, cifar10=open_cifar, cifar100=open_cifar, svhn=open_svhn,
+    dermamnist=lambda ask: open_npz(fetch(ask)[0]), eurosat=open_zip_folder, omniglot=open_omniglot, cinic10=fetch,
 )
 
 def open_named(ask: Ask) -> Opened:
@@ -574,7 +583,9 @@ def load_arrays(
     "A data set as arrays."
     found, grey = open_set(dataset, root, download), []
     x = same_channels({k: p.images(size, fit, grey) for k, p in found.parts.items()}, grey)
-    if grey: print(f'{dataset}: grey images among coloured ones were made RGB: {", ".join(grey[:3])}{f" and {len(grey) - 3} more" if len(grey) > 3 else ""}')
+    if grey:
+        print(f'{dataset}: grey images among coloured ones were made RGB: {", ".join(grey[:3])}'
+              f'{f" and {len(grey) - 3} more" if len(grey) > 3 else ""}')
     if len(set((sizes := {k: a.shape[2:] for k, a in x.items()}).values())) > 1:
         raise DataError(f'{dataset}: its parts have several sizes ({sizes}); say `size` to bring all to one')
     return {**{k: (a, found.parts[k].labels) for k, a in x.items()}, 'classes': found.classes, **({'n_val': found.n_val} if found.n_val else {})}
@@ -589,7 +600,8 @@ def stand_in(
     "Random images of a data set's shape, brightness by class."
     spec = SETS.get(dataset, SETS['digits'])
     shape, classes = spec.shape, spec.names
-    if dataset not in SETS and Path(split_subset(dataset)[0]).expanduser().exists(): shape, classes = (f := open_set(dataset)).parts['train'].shape(), f.classes
+    if dataset not in SETS and Path(split_subset(dataset)[0]).expanduser().exists():
+        shape, classes = (f := open_set(dataset)).parts['train'].shape(), f.classes
     y = np.arange(len(classes)).repeat(n)
     shape = (shape[0], size or shape[1], size or shape[2])
     x = rng(seed, 'smoke').integers(0, 128, (len(y), *shape)) + (y % 10*12)[:, None, None, None]

@@ -21,7 +21,7 @@ from .gan.train import stage_splits
 @dataclass
 class FilterConfig:
     "Settings of the filter."
-    tau: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0., .5, .9])  # thresholds to try; 0: the likeliest class is enough
+    tau: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0., .5, .9])  # thresholds to try; 0: being the likeliest class is enough
     std: Annotated[float | None, (0, 10)] = None  # the generator's dial: spread of the latent; None = its default
     per_class: Annotated[int | None, (1, None)] = None  # accepted images per class; None = as many as the real training split has on average
     draws: Annotated[int, (1, 1000)] = 6  # at most so many candidates per wanted image; a class that is short then takes the likeliest of the rest

@@ -24,7 +24,7 @@ from .data import PARTS, SETS, DataError, decode, decode_all, encode, load_array
 @dataclass
 class SplitsConfig:
     "Settings of the splits stage."
-    dataset: str = 'digits'  # a name of `synthlit.data.SETS`; a folder of images or Parquet shards; an .npz file; FOLDER:imagenette (a subset of ImageNet)
+    dataset: str = 'digits'  # a name of `synthlit.data.SETS`; a folder of images or Parquet shards; an .npz file; FOLDER:imagenette (of ImageNet)
     root: str = ''  # where to look first; '' = $SYNTHLIT_DATA, the system's data sets, then the download cache
     download: bool = True  # may missing files be downloaded?
     size: Annotated[int | None, (4, 1024)] = None  # side of the images in pixels; None = as they are
@@ -34,7 +34,7 @@ class SplitsConfig:
     per_class: Annotated[int | None, (2, None)] = None  # keep only this many training images of each class
     drop: str = ''  # Parquet file of an audit (chapter 01b): training images that it found again in test are left out
     drop_above: Annotated[float, (0, 1)] = 0.0  # only those found with at least this score
-    fewshot: Literal['disjoint', 'published'] = 'disjoint'  # protocol: supports, valid, test without overlap; or arXiv 2203.16662 (supports inside valid)
+    fewshot: Literal['disjoint', 'published'] = 'disjoint'  # protocol: supports, valid and test apart; or arXiv 2203.16662 (supports inside valid)
     novel: Annotated[int, (1, None)] = 3  # classes kept apart as novel for few-shot work
     k: Annotated[int, (1, None)] = 5  # supports per novel class
     seed: Annotated[int, (0, None)] = 0  # of the cut, the class split and the supports
@@ -49,7 +49,8 @@ class SplitsConfig:
             no('size', f": images of {facts['stored'][1]}×{facts['stored'][0]} pixels cannot be padded to it; use fit = 'resize' or a larger size")
         if self.fewshot == 'published' and (self.test or self.per_class):
             no('fewshot', f' decides itself what is test and keeps all of the base classes; leave out splits.{"test" if self.test else "per_class"}')
-        if self.test and facts['own_test'] and self.fewshot != 'published': no('test', f': {self.dataset} has a test split of its own; leave the setting out')
+        if self.test and facts['own_test'] and self.fewshot != 'published':
+            no('test', f': {self.dataset} has a test split of its own; leave the setting out')
 
 SPLITS_PRESETS = dict(
     tiny={},
@@ -154,7 +155,8 @@ def published_fewshot(
         cut = int(.8*len(rows))
         if k > cut: raise SettingError(f'k = {k}: class {c} has {len(rows)} images, of which {cut} may be supports')
         for part, some in (('supports', rows[:k]), ('valid', rows[:cut]), ('test', rows[cut:])): out[part].append(some)
-    return dict(base=base.tolist(), novel=new.tolist(), k=k, train=np.flatnonzero(np.isin(labels, base)), **{p: np.concatenate(v) for p, v in out.items()})
+    return dict(base=base.tolist(), novel=new.tolist(), k=k, train=np.flatnonzero(np.isin(labels, base)),
+                **{p: np.concatenate(v) for p, v in out.items()})
 
 def published_cut(y: np.ndarray, cfg: SplitsConfig) -> dict:
     "The published protocol as train (base and supports), val (a held-out share of base, and `valid`) and test (novel only)."
@@ -208,7 +210,8 @@ def cut_data(data: dict, cfg: SplitsConfig) -> dict:
     arrays = pooled(data, cfg)
     rows = cut_labels({p: y for p, (_, y) in arrays.items()}, cfg, data.get('n_val', 0))
     whole = lambda a, i: a if len(i) == len(a) and a.flags.writeable else a[i]
-    t = {k: (torch.from_numpy(np.ascontiguousarray(whole(arrays[p][0], i))), torch.from_numpy(arrays[p][1][i].astype(np.int64))) for k, (p, i) in rows.items()}
+    t = {k: (torch.from_numpy(np.ascontiguousarray(whole(arrays[p][0], i))), torch.from_numpy(arrays[p][1][i].astype(np.int64)))
+         for k, (p, i) in rows.items()}
     ds = {k: digest(*v) for k, v in t.items()}
     return {k: Split(f'{name_of(cfg)}/{k}', *v, data['classes'], ds[k], digest(ds)) for k, v in t.items()}
 
@@ -255,7 +258,8 @@ def kshot(
 # %% ../nbs/01_splits.ipynb #ea842aa4
 def save_split(folder, part: str, s: Split):
     "Write one part."
-    save_tensors(Path(folder)/f'{part}.safetensors', dict(images=s.images, labels=s.labels), dict(name=s.name, classes=s.classes, digest=s.digest, cut=s.cut))
+    save_tensors(Path(folder)/f'{part}.safetensors', dict(images=s.images, labels=s.labels),
+                 dict(name=s.name, classes=s.classes, digest=s.digest, cut=s.cut))
 
 def load_split(folder, part: str) -> Split:
     "Read `train`, `val` or `train+val` of a splits folder."
@@ -289,7 +293,8 @@ def open_test(
     lock = take_lock(path.parent/'locks'/f'{cut[:16]}.lock', wait=30.)
     try:
         rows = openings(cut)
-        if key not in [r['key'] for r in rows]: save_json(path, dict(openings=[*rows, dict(who=who, why=why, key=key, when=time.strftime('%Y-%m-%d %H:%M:%S'))]))
+        if key not in [r['key'] for r in rows]:
+            save_json(path, dict(openings=[*rows, dict(who=who, why=why, key=key, when=time.strftime('%Y-%m-%d %H:%M:%S'))]))
     finally: lock.release()
     return read_part(folder, 'test')
 
@@ -325,7 +330,8 @@ def export_split(
         path = Path(to)/f'{stem}-{part}.parquet'
         save_table(path, image_table(s))
         files[part] = dict(file=path.name, sha256=file_digest(path), digest=s.digest, saw=list(s.saw), images=len(s))
-    meta = dict(name=r['name'], cut=r['cut'], classes=r['classes'], parts=files, recipe=r['recipe'], base=fs['base'], novel=fs['novel'], k=k, every=every)
+    meta = dict(name=r['name'], cut=r['cut'], classes=r['classes'], parts=files, recipe=r['recipe'],
+                base=fs['base'], novel=fs['novel'], k=k, every=every)
     save_json(Path(to)/f'{stem}.json', meta)
     return Path(to)/f'{stem}.json'
 
@@ -375,7 +381,8 @@ def data_facts(cfg: SplitsConfig) -> dict:
     ys = {p: np.concatenate([given[q] for q in parts]) for p, parts in sources(given, cfg).items()}
     if cfg.novel >= classes or cfg.fewshot != 'published': most = None
     else: most = int(.8*min(np.bincount(ys['train'], minlength=classes)))
-    if most is not None and cfg.k > most: raise SettingError(f'splits.k = {cfg.k}: {most} images of the smallest class may be supports in the published protocol')
+    if most is not None and cfg.k > most:
+        raise SettingError(f'splits.k = {cfg.k}: {most} images of the smallest class may be supports in the published protocol')
     rows = cut_labels(ys, cfg, n_val) if cfg.novel < classes else cut_labels(ys, SplitsConfig(), n_val)
     train = np.bincount(ys['train'][rows['train'][1]], minlength=classes)
     shape = (stored[0], cfg.size or stored[1], cfg.size or stored[2])
@@ -407,10 +414,11 @@ def run_splits(stage: Stage) -> dict:
     save_json(stage.dir/'fewshot.json', fs)
     s = parts['train']
     counts = {k: torch.bincount(p.labels, minlength=len(s.classes)).tolist() for k, p in parts.items()}
-    result = dict(dataset=cfg.dataset, name=name_of(cfg), shape=list(s.images.shape[1:]), classes=s.classes, sizes={k: len(p) for k, p in parts.items()},
-                  counts=counts, digests={k: p.digest for k, p in parts.items()}, cut=s.cut, novel=fs['novel'], protocol=cfg.fewshot,
-                  smoke=bool(cfg.smoke), recipe=recipe_of(cfg))
-    if 'valid' in fs: print(f'published few-shot protocol: val has the {len(fs["supports"]):,} supports among its {len(fs["valid"]):,} images of novel classes')
+    result = dict(dataset=cfg.dataset, name=name_of(cfg), shape=list(s.images.shape[1:]), classes=s.classes,
+                  sizes={k: len(p) for k, p in parts.items()}, counts=counts, digests={k: p.digest for k, p in parts.items()},
+                  cut=s.cut, novel=fs['novel'], protocol=cfg.fewshot, smoke=bool(cfg.smoke), recipe=recipe_of(cfg))
+    if 'valid' in fs:
+        print(f'published few-shot protocol: val has the {len(fs["supports"]):,} supports among its {len(fs["valid"]):,} images of novel classes')
     stage.finish(result, cuts={s.name.split('/')[0]: s.cut})
     return result
 

@@ -52,6 +52,32 @@ def test_functions_are_short():
     assert p90 <= 15, f"90th percentile of {len(lengths)} functions is {p90} lines"
 
 
+def one_literal(n: int, line: str, literals: list) -> bool:
+    """Is line n a single string literal, or a part of one, but for brackets and commas?"""
+    raw = line.encode()  # columns of a syntax tree count bytes
+    for s in (s for s in literals if s.lineno <= n <= s.end_lineno):
+        start, end = s.col_offset if s.lineno == n else 0, s.end_col_offset if s.end_lineno == n else len(raw)
+        if not (raw[:start] + raw[end:]).strip(b" ()[]{},"):
+            return True
+    return False
+
+
+def overlong(path: Path):
+    """Lines above 150 characters, save generated ones (`__all__`) and literals of up to 200 that stand alone."""
+    source = path.read_text()
+    nodes = list(ast.walk(ast.parse(source)))
+    lists = [n for n in nodes if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
+    literals = [n for n in nodes if isinstance(n, ast.JoinedStr) or isinstance(getattr(n, "value", None), str)]
+    for i, line in enumerate(source.splitlines(), 1):
+        alone = len(line) <= 200 and one_literal(i, line, literals)
+        if len(line) > 150 and not alone and not any(n.lineno <= i <= n.end_lineno for n in lists):
+            yield f"{path.name}:{i}: {len(line)} characters"
+
+
+def test_lines_are_short():
+    assert not [found for p in MODULES for found in overlong(p)]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_notebook_has_one_parameters_cell(stage):
     nb = TOP / "nbs" / f"{STAGES[stage].notebook}.ipynb"
