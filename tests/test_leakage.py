@@ -54,12 +54,12 @@ def cosine(a, b, shift):
 
 @pytest.mark.parametrize("side,channels", [(8, 1), (12, 3)])
 def test_near_pairs_equal_a_double_loop(side, channels):
-    a = pictures(14, 0, side, channels)
-    b = torch.cat([pictures(5, 1, side, channels), *[f(a[i : i + 2]) for i, f in enumerate(CHANGES.values())]])
+    a = pictures(8, 0, side, channels)
+    b = torch.cat([pictures(3, 1, side, channels), *[f(a[i : i + 1]) for i, f in enumerate(CHANGES.values())]])
     da, db = detail(a).double().numpy(), detail(b).double().numpy()
     want = {(i, j): s for i in range(len(a)) for j in range(len(b)) if (s := cosine(da[i], db[j], 1)) >= 0.7}
     p = near_pairs(a, b, threshold=0.7, k=len(a), least=-1.0)
-    assert dict(zip(zip(p.a.tolist(), p.b.tolist()), p.score.tolist())) == pytest.approx(want, abs=1e-4) and len(want) >= 8
+    assert dict(zip(zip(p.a.tolist(), p.b.tolist()), p.score.tolist())) == pytest.approx(want, abs=1e-4) and len(want) >= 5
 
 
 @pytest.mark.parametrize("inside", [False, True])
