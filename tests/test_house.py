@@ -202,7 +202,7 @@ PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 def test_ready_experiments_are_valid_and_explained(path):
     nodes = plan(read_params(path))
     preflight(nodes)
-    assert {n.stage for n in nodes} == set(STAGES)
+    assert {n.stage for n in nodes} == ({"splits", "classifier"} if path.stem.startswith("fast_") else set(STAGES))
     assert path.read_text().startswith("# ")
 
 
