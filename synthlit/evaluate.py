@@ -85,7 +85,7 @@ def accepted_set(folder, device) -> tuple:
     g, rows, r = load_accepted(folder, device)
     return images_at(g, rows, r['seed'], r['dials'])
 
-# %% ../nbs/08a_evaluate.ipynb #5f6b85af
+# %% ../nbs/08a_evaluate.ipynb #916cdd9c
 def row_path(stage: Stage, row: str, seed: int) -> Path:
     "Where the classifier of a row and seed is kept."
     return stage.dir/'classifiers'/f'{row.replace(" ", "-").replace("(", "").replace(")", "")}-seed{seed}.safetensors'
@@ -94,7 +94,8 @@ def train_row(stage: Stage, row: str, seed: int, data: tuple, classifier, steps:
     "The recipe trained on one source with one seed; left alone when it is there already."
     path = row_path(stage, row, seed)
     if path.exists(): return list(track([], steps, steps))
-    if row == 'real' and seed == classifier.recipe.seed: c = classifier  # the same recipe on the same images: trained once
+    alike = machine['threads'] == stage.machine['threads']  # how a batch is shared among threads is a part of the training: batch norm sees it
+    if row == 'real' and seed == classifier.recipe.seed and alike: c = classifier  # the same recipe on the same images: trained once
     else:
         c = train_classifier(Fixed(*data), replace(classifier.recipe, seed=seed), classifier.classes, steps, machine=machine,
                              checkpoints=Checkpoints(stage.dir/'checkpoints'/path.stem), track=track)
