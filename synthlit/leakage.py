@@ -35,8 +35,7 @@ class Pairs:
     def above(self, threshold: float) -> 'Pairs': return self.take((self.score >= threshold) | self.exact)
     def of(self, name: str) -> torch.Tensor:
         "Sorted positions in the set of this name that occur in pairs (inside one set: the later of the two, so that one copy stays)."
-        if name not in self.names:
-            raise SettingError(f'these pairs are between {self.names[0]} and {self.names[1]}, not {name!r}; {nearest(name, self.names)}')
+        if name not in self.names: raise SettingError(f'these pairs are between {self.names[0]} and {self.names[1]}, not {name!r}; {nearest(name, self.names)}')
         return (self.b if name == self.names[1] else self.a).unique()
 
 def best_first(p: Pairs) -> Pairs:
@@ -52,12 +51,7 @@ def check_images(*sets):
     "uint8 N×C×H×W, all of one size, or an error that says so."
     for x in sets:
         if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
-<<<<<<< HEAD
-            raise DataError('expected uint8 images N×C×H×W, '
-                            f'got {getattr(x, "dtype", type(x).__name__)} {tuple(getattr(x, "shape", ()))}')
-=======
             raise DataError(f'expected uint8 images N×C×H×W, got {getattr(x, "dtype", type(x).__name__)} {tuple(getattr(x, "shape", ()))}')
->>>>>>> d993844d8aeb2f50cbc06a66599ba10e4af2784d
     if len({tuple(x.shape[1:]) for x in sets}) > 1:
         raise DataError(f'images of different sizes {[tuple(x.shape[1:]) for x in sets]} cannot be compared: resize one set to the other first')
 
@@ -323,8 +317,7 @@ def audit_rows(
     "Counts as a table: pairs, how many exact, how many with different labels, images of the first and of the second part in pairs, and their shares."
     return [dict(between=f'{m} | {n}', pairs=len(p), exact=int(p.exact.sum()), near=int((~p.exact).sum()),
                  labels_differ=None if p.same is None else int((~p.same).sum()),
-                 first=len(p.of(m)), second=len(p.of(n)),
-                 share_first=len(p.of(m))/max(1, len(parts[m])), share_second=len(p.of(n))/max(1, len(parts[n])))
+                 first=len(p.of(m)), second=len(p.of(n)), share_first=len(p.of(m))/max(1, len(parts[m])), share_second=len(p.of(n))/max(1, len(parts[n])))
             for (m, n), p in report.items()]
 
 def print_rows(rows: list):
@@ -356,8 +349,7 @@ def deduplicate(
     against = {m: [p for (x, _), p in found.items() if x == m] for m in parts}
     new = {m: without(s, *against[m], name=m) if any(map(len, against[m])) else s for m, s in parts.items()}
     gone = {m: sorted(set().union(*[p.of(m).tolist() for p in against[m]])) for m in parts}
-    if not all(len(s) for s in new.values()):
-        raise DataError(f'nothing is left of {[m for m, s in new.items() if not len(s)]}: every image has a duplicate')
+    if not all(len(s) for s in new.values()): raise DataError(f'nothing is left of {[m for m, s in new.items() if not len(s)]}: every image has a duplicate')
     cut = digest({m: s.digest for m, s in new.items()})
     t = None if how == 'exact' else threshold_for(*parts.values()) if threshold is None else threshold
     report = dict(how=how, threshold=t, rows=audit_rows(found, parts), removed=gone, digests={m: [parts[m].digest, s.digest] for m, s in new.items()})
@@ -407,15 +399,6 @@ def audit_dataset(
     q = duplicates(x, threshold=max(lowest, CURVE[0]), **more) if inside else None
     clock.append(time.process_time())
     save_table(f'{file}.parquet', dict(train=p.a.tolist(), test=p.b.tolist(), score=p.score.tolist(), exact=p.exact.tolist(), same=p.same.tolist()))
-<<<<<<< HEAD
-    for k, q in dict(some=some_pairs(p.above(t), n), near=near_threshold(p, t, n)).items(): save_pairs(f'{file}-{k}.png', q, x, xt, n)
-    found = {c: [float((s >= u).float().mean()) for u in CURVE] for c, s in planted(x.images, 300, **more).items()}
-    result = dict(dataset=Path(dataset).name, n_train=len(x), n_test=len(xt), digests=[x.digest, xt.digest],
-                  threshold=t, thresholds=list(CURVE), lowest=lowest, settings=more,
-                  test=counts(p, 'test', t), train=counts(inside, 'train', t), found=found,
-                  seconds=dict(zip(('test', 'train'), np.diff(clock).tolist())),
-                  threads=torch.get_num_threads(), peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
-=======
     one = best_each(p, 'test')
     for k, shown in dict(some=some_pairs(one.above(t), n), near=near_threshold(one, t, n)).items(): save_pairs(f'{file}-{k}.png', shown, x, xt, n)
     found = {c: [float((s >= u).float().mean()) for u in CURVE] for c, s in planted(x.images, 200, **more).items()}
@@ -424,7 +407,6 @@ def audit_dataset(
                   test=counts(p, 'test', t), train=counts(q, 'train', t) if q is not None else None, found=found,
                   seconds=dict(test=clock[1] - clock[0], train=clock[2] - clock[1]), threads=torch.get_num_threads(),
                   peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
->>>>>>> d993844d8aeb2f50cbc06a66599ba10e4af2784d
     save_json(f'{file}.json', result)
     return result
 
