@@ -321,7 +321,7 @@ class BigGANDiscriminator(LadderDiscriminator):
         def blocks(i, o, down, first): return [Down(i, o, down, first, wide, join, blur)]
         super().__init__(channels, size, classes, [channels, *ladder('down', size, width)], nn.Identity(), blocks, attention)
 
-# %% ../../nbs/03a2_biggan.ipynb #3b06f314
+# %% ../../nbs/03a2_biggan.ipynb #611b9e98
 def summary(
     net: nn.Module,  # any network
     *inputs,         # what it is called with; on the network's device
@@ -339,5 +339,6 @@ def summary(
     finally:
         net.train(was)
         for h in hooks: h.remove()
-    for name, kind, shape, n in rows: print(f'{name:22}{kind:16}{"×".join(map(str, shape)):18}{n:>10,}')
+    wide = max(len(name) for name, *_ in rows)
+    for name, kind, shape, n in rows: print(f'{name:{wide}}  {kind:14}{"×".join(map(str, shape)):16}{n:>12,}')
     return rows
