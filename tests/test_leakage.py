@@ -148,7 +148,7 @@ def test_a_whole_data_set(tmp_path):
         pq.write_table(
             pa.table(dict(image=cells, label=[i % 3 for i in range(len(rows))])), tmp_path / "mine" / f"{part}-0.parquet", write_page_checksum=True
         )
-    audit_dataset(str(tmp_path / "mine"), tmp_path / "out")
+    audit_dataset(str(tmp_path / "mine"), tmp_path / "out", inside=True)
     r, t = load_json(tmp_path / "out" / "mine.json"), load_table(tmp_path / "out" / "mine.parquet").to_pydict()
     assert (r["test"]["exact"], r["test"]["at_threshold"], r["train"]["at_threshold"]) == (3, 5, 0)
     assert sorted(zip(t["train"], t["test"])) == [(0, 15), (1, 16), (2, 17), (10, 18), (11, 19)]
