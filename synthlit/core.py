@@ -363,8 +363,8 @@ def stage_parts(stage: str) -> tuple:
     m = importlib.import_module(f'synthlit.{STAGES[stage].module}')
     return getattr(m, f'{stage.capitalize()}Config'), getattr(m, f'{stage.upper()}_PRESETS'), getattr(m, f'run_{stage}')
 
-# %% ../nbs/00a_core.ipynb #bfdf321f
-PACKAGE = Path(importlib.util.find_spec('synthlit').origin).parent  # the exported package, also when this runs in a notebook
+# %% ../nbs/00a_core.ipynb #af9e8001
+PACKAGE = Path(globals().get('__file__') or importlib.util.find_spec('synthlit').origin).resolve().parent  # the exported package, also in a notebook
 
 def notebooks_dir() -> Path:
     "`nbs/`: beside the package in a checkout, inside it in a wheel."

@@ -521,7 +521,7 @@ def take_subset(found: Opened, name: str, where) -> Opened:
     pick = lambda p: p.only(new[p.labels] >= 0, new[p.labels])
     return Opened({k: pick(p) for k, p in found.parts.items()}, [r['name'] for r in rows], found.n_val)
 
-# %% ../nbs/00d_data.ipynb #079e3bc2
+# %% ../nbs/00d_data.ipynb #2440d93d
 OPENERS: dict[str, Callable] = dict(
     digits=open_digits, mnist=open_idx, fashion_mnist=open_idx, emnist=open_emnist, cifar10=open_cifar, cifar100=open_cifar, svhn=open_svhn,
     dermamnist=lambda ask: open_npz(fetch(ask)[0]), eurosat=open_zip_folder, omniglot=open_omniglot, cinic10=fetch,
@@ -540,6 +540,7 @@ def open_path(place: str) -> Opened:
     "An `.npz` file, a folder of Parquet shards, or a folder of images."
     path = Path(place).expanduser()
     if path.suffix == '.npz' and path.is_file(): return open_npz(path)
+    if not path.is_dir() and ('/' in place or path.suffix): raise SettingError(f'no such folder or file: {place}')
     if not path.is_dir():
         raise SettingError(f'unknown data set {place!r}; {nearest(place, SETS)} (or a folder of images, a folder with train*.parquet, an .npz file)')
     return open_parquet(path) if shards_of(path) else open_folder(path)

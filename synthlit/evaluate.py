@@ -25,7 +25,7 @@ from .filter import images_at, load_accepted
 from .multigen import load_mixture
 from .gan.train import stage_splits
 
-# %% ../nbs/08a_evaluate.ipynb #971c75a1
+# %% ../nbs/08a_evaluate.ipynb #cc0ae324
 @dataclass
 class EvaluateConfig:
     "Settings of the evaluation. The recipe is the real classifier's."
@@ -40,7 +40,7 @@ class EvaluateConfig:
         "Refuse seeds said twice, missing weights, and a ledger that cannot be written."
         if len(set(self.seeds)) < len(self.seeds): raise SettingError(f'evaluate.seeds = {self.seeds}: a seed said twice is no second measurement')
         if self.inception and not Path(self.inception).is_file(): raise SettingError(f'evaluate.inception = {self.inception!r}: no such file')
-        take_lock(ledger_path('0'*16).parent/'locks'/'check.lock').release()
+        take_lock(ledger_path('0'*16).parent/'locks'/'check.lock', wait=60.).release()
 
 EVALUATE_PRESETS = dict(
     tiny=dict(seeds=[0, 1], floor_components=2, floor_dim=24, n_measure=300),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .core import SettingError, digest, nearest, rng, save_json, save_table
 from .splits import DataError, Split, SplitsConfig, load_data
 
-# %% ../nbs/01b_leakage.ipynb #e82366a2
+# %% ../nbs/01b_leakage.ipynb #f7a3c165
 @dataclass
 class Pairs:
     "Pairs of images that are the same picture; row i pairs image `a[i]` of set `names[0]` with image `b[i]` of set `names[1]`."
@@ -35,7 +35,8 @@ class Pairs:
     def above(self, threshold: float) -> 'Pairs': return self.take((self.score >= threshold) | self.exact)
     def of(self, name: str) -> torch.Tensor:
         "Sorted positions in the set of this name that occur in pairs (inside one set: the later of the two, so that one copy stays)."
-        if name not in self.names: raise SettingError(f'these pairs are between {self.names[0]} and {self.names[1]}, not {name!r}; {nearest(name, self.names)}')
+        if name not in self.names:
+            raise SettingError(f'these pairs are between {self.names[0]} and {self.names[1]}, not {name!r}; {nearest(name, self.names)}')
         return (self.b if name == self.names[1] else self.a).unique()
 
 def best_first(p: Pairs) -> Pairs:
@@ -297,7 +298,7 @@ def show_pairs(
     fig.suptitle(title or f'{p.names[0]} | {p.names[1]}: {n} of {len(p)} pairs', fontsize=9)
     plt.tight_layout()
 
-# %% ../nbs/01b_leakage.ipynb #c7e562bf
+# %% ../nbs/01b_leakage.ipynb #131615fa
 def audit(
     parts: dict,  # name -> Split or images; the sets to be kept clean come last: train, val, test, or synthetic, train, val, test
     how: str = 'near',  # exact, near
@@ -317,7 +318,8 @@ def audit_rows(
     "Counts as a table: pairs, how many exact, how many with different labels, images of the first and of the second part in pairs, and their shares."
     return [dict(between=f'{m} | {n}', pairs=len(p), exact=int(p.exact.sum()), near=int((~p.exact).sum()),
                  labels_differ=None if p.same is None else int((~p.same).sum()),
-                 first=len(p.of(m)), second=len(p.of(n)), share_first=len(p.of(m))/max(1, len(parts[m])), share_second=len(p.of(n))/max(1, len(parts[n])))
+                 first=len(p.of(m)), second=len(p.of(n)),
+                  share_first=len(p.of(m))/max(1, len(parts[m])), share_second=len(p.of(n))/max(1, len(parts[n])))
             for (m, n), p in report.items()]
 
 def print_rows(rows: list):
@@ -326,7 +328,7 @@ def print_rows(rows: list):
     width = [max(map(len, c)) for c in zip(*text)]
     for r in text: print('  '.join(v.ljust(w) for v, w in zip(r, width)))
 
-# %% ../nbs/01b_leakage.ipynb #c492b318
+# %% ../nbs/01b_leakage.ipynb #b405cd65
 def clean_positions(n: int, *pairs: Pairs, name: str) -> torch.Tensor:
     "Positions in a set of n that are in none of the pairs: accuracy without duplicated images is accuracy on these."
     keep = torch.ones(n, dtype=torch.bool)
@@ -349,7 +351,8 @@ def deduplicate(
     against = {m: [p for (x, _), p in found.items() if x == m] for m in parts}
     new = {m: without(s, *against[m], name=m) if any(map(len, against[m])) else s for m, s in parts.items()}
     gone = {m: sorted(set().union(*[p.of(m).tolist() for p in against[m]])) for m in parts}
-    if not all(len(s) for s in new.values()): raise DataError(f'nothing is left of {[m for m, s in new.items() if not len(s)]}: every image has a duplicate')
+    if not all(len(s) for s in new.values()):
+        raise DataError(f'nothing is left of {[m for m, s in new.items() if not len(s)]}: every image has a duplicate')
     cut = digest({m: s.digest for m, s in new.items()})
     t = None if how == 'exact' else threshold_for(*parts.values()) if threshold is None else threshold
     report = dict(how=how, threshold=t, rows=audit_rows(found, parts), removed=gone, digests={m: [parts[m].digest, s.digest] for m, s in new.items()})

@@ -11,7 +11,7 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'run_chain', 'agreed_machine', 'open_log', 'headline', 'shrink', 'smoke', 'look_at', 'new_params', 'cmd_new',
            'print_plan', 'cmd_run', 'find_run', 'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml',
            'plain_type', 'cmd_params', 'cmd_report', 'generators_at', 'cmd_sample', 'product', 'cmd_predict',
-           'cmd_export', 'cmd_clean', 'parser', 'main']
+           'cmd_export', 'agreed', 'cmd_clean', 'parser', 'main']
 
 # %% ../nbs/09_pipeline.ipynb #9973e348
 import argparse, ast, csv, dataclasses, difflib, functools, importlib, itertools, json, os, re, shutil, signal, sys, \
@@ -545,7 +545,7 @@ def smoke(params: dict, out=None) -> Path:
     print(f'{params.get("name")}: {len(nodes)} stages are wired right (tiny, random images)')
     return run
 
-# %% ../nbs/09_pipeline.ipynb #c3543bf3
+# %% ../nbs/09_pipeline.ipynb #9c11cb91
 def look_at(folder: str) -> dict:
     "What a new parameter file needs to know of a data set: n, classes, smallest class, shape, size (None where all images are square and alike)."
     import numpy as np
@@ -564,11 +564,11 @@ def new_params(folder: str, name: str) -> str:
     epochs, batch = max(5, min(60, 500000//d['n'])), min(128, max(8, d['n']//8))
     steps, flip = max(2000, min(20000, d['n'])), str(d['shape'][0] == 3).lower()
     return NEW.format(
-        name=name, folder=Path(folder).expanduser().resolve(), n=d['n'], count=len(d['classes']), some=', '.join(map(str, d['classes'][:5])),
+        name=name, folder=Path(folder).expanduser().resolve(), n=d['n'], count=len(d['classes']), some=', '.join(map(str, d['classes'][:5])) + ', ...'*(len(d['classes']) > 5),
         shape='×'.join(map(str, d['shape'])), parts=', '.join(d['parts']), size=d['size'], novel=novel, k=k,
         epochs=epochs, batch=batch, steps=steps, flip=flip, every=max(250, steps//10))
 
-NEW = '''# {n} training images of {count} classes ({some}, ...), the first of them {shape}; parts found: {parts}.
+NEW = '''# {n} training images of {count} classes ({some}), the first of them {shape}; parts found: {parts}.
 # First: `synthlit run {name}.yaml --smoke` (is it wired right?), then `--dry-run` (how long?), then `synthlit run {name}.yaml`.
 # Every setting of every stage: `synthlit params`. A list for a single value makes variants, such as gan.seed: [0, 1].
 name: {name}
@@ -623,7 +623,7 @@ def cmd_new(a):
     with atomic(to) as tmp: tmp.write_text(text)
     print(f'{to}: next, synthlit run {to} --smoke')
 
-# %% ../nbs/09_pipeline.ipynb #1f40488e
+# %% ../nbs/09_pipeline.ipynb #1b47ae8c
 def print_plan(params: dict, out=None):
     "What a run would do, with time and disk estimated from timings taken now."
     nodes = plan(params)
@@ -649,6 +649,7 @@ def print_plan(params: dict, out=None):
 def cmd_run(a):
     "Run a chain from a parameter file."
     params = read_params(a.params, a.p)
+    wanted(plan(params), a.first, a.last, a.only)
     if a.smoke: return smoke(params, a.out)
     if a.dry_run: return print_plan(params, a.out)
     run_chain(params, a.out, a.first, a.last, a.only)
@@ -731,11 +732,13 @@ def cmd_report(a):
     with atomic(run/'report.html') as tmp: tmp.write_text(make_report(run, ReportConfig()))
     print(f'report: {run/"report.html"}')
 
-# %% ../nbs/09_pipeline.ipynb #38e7c218
+# %% ../nbs/09_pipeline.ipynb #d9176d77
 def generators_at(name: str) -> list:
     "Generator folders of a run, or the one folder that holds a generator."
     if (Path(name)/'generator.safetensors').exists(): return [Path(name).resolve()]
-    return [f for f in stage_folders(find_run(name)) if (f/'generator.safetensors').exists()]
+    found = [f for f in stage_folders(find_run(name)) if (f/'generator.safetensors').exists()]
+    if not found: raise SettingError(f'{name} holds no generator yet; done: {", ".join(f.name for f in stage_folders(find_run(name))) or "nothing"}')
+    return found
 
 def cmd_sample(a):
     "Draw a grid of samples from a run's generators."
@@ -770,14 +773,19 @@ def cmd_predict(a):
     from synthlit.splits import DataError
     path = Path(a.run) if a.run.endswith('.safetensors') else product(find_run(a.run))
     c = load_classifier(path)
-    print(f'# {path.stem} of {path.parents[2].name if path.parent.name == "classifiers" else path.parent.name}', file=sys.stderr)
+    print(f'# classifier: {path}', file=sys.stderr)
     for image in a.images:
-        try: im = Image.open(image).convert('L' if c.shape[0] == 1 else 'RGB').resize(c.shape[:0:-1], Image.Resampling.LANCZOS)
+        if not Path(image).is_file(): raise DataError(f'{image}: there is no such file')
+        try: im = Image.open(image)
         except Exception as e: raise DataError(f'{image} cannot be read as an image: {e}') from e
+        mode, size = 'L' if c.shape[0] == 1 else 'RGB', c.shape[:0:-1]
+        if (im.mode, im.size) != (mode, size):
+            print(f'# {image}: {im.size[0]}×{im.size[1]} {im.mode} was made {size[0]}×{size[1]} {mode}', file=sys.stderr)
+        im = im.convert(mode).resize(size, Image.Resampling.LANCZOS)
         p = c.probs(pil_to_tensor(im)[None])[0]
         print(f'{image}\t{c.classes[int(p.argmax())]}\t{p.max():.3f}')
 
-# %% ../nbs/09_pipeline.ipynb #21c31a67
+# %% ../nbs/09_pipeline.ipynb #f91752c9
 def cmd_export(a):
     "Write train or val of a splits folder as Parquet and images."
     import torch
@@ -793,6 +801,11 @@ def cmd_export(a):
     write_folder(to/a.part, s.images, s.labels, index, s.classes)
     print(f'{len(s)} images of {s.name}: {to}/{a.part}.parquet and {to}/{a.part}/<class>/')
 
+def agreed(question: str) -> bool:
+    "A person's yes; no where nobody can answer."
+    try: return input(question).strip().lower() == 'y'
+    except EOFError: print('(nobody to ask: --yes removes them)'); return False
+
 def cmd_clean(a):
     "Remove what a finished run no longer needs: checkpoints of finished stages, folders moved aside, working notebooks."
     run = find_run(a.run)
@@ -802,7 +815,7 @@ def cmd_clean(a):
             + [p for p in [run/'notebooks'] if p.exists()])
     size = sum(q.stat().st_size for p in gone for q in p.rglob('*') if q.is_file())
     for p in gone: print(p)
-    if gone and (a.yes or input(f'remove these {len(gone)} folders, {size/1e6:.1f} MB? [y/N] ').lower() == 'y'):
+    if gone and (a.yes or agreed(f'remove these {len(gone)} folders, {size/1e6:.1f} MB? [y/N] ')):
         [shutil.rmtree(p) for p in gone]
         print('removed')
     elif not gone: print('nothing to clean')
