@@ -545,7 +545,7 @@ def smoke(params: dict, out=None) -> Path:
     print(f'{params.get("name")}: {len(nodes)} stages are wired right (tiny, random images)')
     return run
 
-# %% ../nbs/09_pipeline.ipynb #9c11cb91
+# %% ../nbs/09_pipeline.ipynb #c9eb36b1
 def look_at(folder: str) -> dict:
     "What a new parameter file needs to know of a data set: n, classes, smallest class, shape, size (None where all images are square and alike)."
     import numpy as np
@@ -565,7 +565,7 @@ def new_params(folder: str, name: str) -> str:
     steps, flip = max(2000, min(20000, d['n'])), str(d['shape'][0] == 3).lower()
     return NEW.format(
         name=name, folder=Path(folder).expanduser().resolve(), n=d['n'], count=len(d['classes']), some=', '.join(map(str, d['classes'][:5])) + ', ...'*(len(d['classes']) > 5),
-        shape='×'.join(map(str, d['shape'])), parts=', '.join(d['parts']), size=d['size'], novel=novel, k=k,
+        shape='×'.join(map(str, d['shape'])), parts=', '.join(d['parts']), size=d['size'], pack=max(4, min(40, d['n']//4*2)), novel=novel, k=k,
         epochs=epochs, batch=batch, steps=steps, flip=flip, every=max(250, steps//10))
 
 NEW = '''# {n} training images of {count} classes ({some}), the first of them {shape}; parts found: {parts}.
@@ -594,12 +594,14 @@ stages:
   gan:
     seed: [0, 1]          # two GANs for the mixture
     steps: {steps}           # more is better, as long as their coverage rises: see the report
+    batch: {pack}             # images per step, an even number
     eval_every: {every}
     flip: {flip}
   # base_gan:             # for few-shot work: a GAN that never sees the novel classes ...
   #   stage: gan
   #   classes: base
   #   steps: {steps}
+  #   batch: {pack}
   #   eval_every: {every}
   #   flip: {flip}
   # fewshot:              # ... and learns them from k images
