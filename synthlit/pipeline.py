@@ -545,7 +545,7 @@ def smoke(params: dict, out=None) -> Path:
     print(f'{params.get("name")}: {len(nodes)} stages are wired right (tiny, random images)')
     return run
 
-# %% ../nbs/09_pipeline.ipynb #c9eb36b1
+# %% ../nbs/09_pipeline.ipynb #5e4cfde2
 def look_at(folder: str) -> dict:
     "What a new parameter file needs to know of a data set: n, classes, smallest class, shape, size (None where all images are square and alike)."
     import numpy as np
@@ -564,7 +564,8 @@ def new_params(folder: str, name: str) -> str:
     epochs, batch = max(5, min(60, 500000//d['n'])), min(128, max(8, d['n']//8))
     steps, flip = max(2000, min(20000, d['n'])), str(d['shape'][0] == 3).lower()
     return NEW.format(
-        name=name, folder=Path(folder).expanduser().resolve(), n=d['n'], count=len(d['classes']), some=', '.join(map(str, d['classes'][:5])) + ', ...'*(len(d['classes']) > 5),
+        name=name, folder=Path(folder).expanduser().resolve(), n=d['n'], count=len(d['classes']),
+        some=', '.join(map(str, d['classes'][:5])) + ', ...'*(len(d['classes']) > 5),
         shape='×'.join(map(str, d['shape'])), parts=', '.join(d['parts']), size=d['size'], pack=max(4, min(40, d['n']//4*2)), novel=novel, k=k,
         epochs=epochs, batch=batch, steps=steps, flip=flip, every=max(250, steps//10))
 
