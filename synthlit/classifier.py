@@ -240,7 +240,7 @@ def spread(net: nn.Module, machine: dict) -> nn.Module:
     from accelerate import Accelerator
     return Accelerator(cpu=machine['device'] == 'cpu').prepare(net)
 
-# %% ../nbs/02_classifier.ipynb #88f672c5
+# %% ../nbs/02_classifier.ipynb #9c255f56
 class Training:
     "A training in progress: the network, its average, the optimiser, the best so far."
     def __init__(self, recipe: ClassifierConfig, shape, classes: list, machine: dict, net: nn.Module | None = None):
@@ -279,7 +279,9 @@ class Training:
         acc = c.accuracy(val)
         if self.best is not None and acc >= self.score: self.score.fill_(acc), self.best.load_state_dict(c.net.state_dict())
         return dict(val_accuracy=acc)
-    def parts(self) -> dict: return {k: v for k, v in dict(net=self.net, average=self.average, best=self.best).items() if v is not None}
+    def parts(self) -> dict:
+        "The networks that a step changes, by name."
+        return {k: v for k, v in dict(net=self.net, average=self.average, best=self.best).items() if v is not None}
     def state(self) -> dict:
         "Everything that training goes on from."
         return dict(opt=self.opt.state_dict(), score=dict(best=self.score), **{k: v.state_dict() for k, v in self.parts().items()})

@@ -233,7 +233,7 @@ def unpack(tensors: dict, skeleton: dict):
     if kind == 'list': return [unpack(tensors, s) for _, s in v]
     return tensors[v] if kind == 'tensor' else v
 
-# %% ../nbs/00a_core.ipynb #e65b8ad0
+# %% ../nbs/00a_core.ipynb #7f171f3f
 def restore_optimizer(opt, state: dict):
     "Load an optimiser's state, each moment in the memory layout of its parameter."
     opt.load_state_dict(state)
@@ -244,7 +244,9 @@ def restore_optimizer(opt, state: dict):
 class Checkpoints:
     "Numbered checkpoints in a folder: the last `keep` and any asked for stay; a damaged one falls back to the one before."
     def __init__(self, folder, keep: int = 2, also=()): self.folder, self.keep, self.also = Path(folder), keep, set(also)
-    def paths(self): return sorted(self.folder.glob('step-*.safetensors'))
+    def paths(self):
+        "Checkpoint files, oldest first."
+        return sorted(self.folder.glob('step-*.safetensors'))
     def save(self, step: int, state):
         "Write the checkpoint of `step`, then remove those no longer kept."
         save_tensors(self.folder/f'step-{step:09d}.safetensors', *pack(state))

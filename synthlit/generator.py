@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'latents', 'run_blocks', 'Generator', 'load_generator', 'GaussianFloor', 'fit_class', 'fit_floor']
 
-# %% ../nbs/00c_generator.ipynb #43f3ef09
-import importlib, json
+# %% ../nbs/00c_generator.ipynb #25a53b5b
+import importlib
 from pathlib import Path
 import numpy as np, torch
 from .core import DamagedFile, digest, global_rng, load_tensors, nearest, rng, save_tensors, SettingError

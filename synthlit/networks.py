@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'Net', 'Mean', 'size_of', 'conv', 'OptionA', 'Block', 'he_normal', 'cifar_resnet', 'projection',
-           'resnet18', 'small', 'pooled', 'fast', 'build_net', 'timm_net', 'own_net', 'Tapped', 'with_features']
+           'resnet18', 'summary', 'small', 'pooled', 'fast', 'build_net', 'timm_net', 'own_net', 'Tapped',
+           'with_features']
 
 # %% ../nbs/00e_networks.ipynb #50e02c10
 import importlib, re
@@ -77,6 +78,29 @@ def resnet18(channels: int, classes: int, width: int = 64) -> Net:
         layers += [Block(i, o, s, projection(i, o, s) if (i, s) != (o, 1) else None), Block(o, o)]
         i = o
     return he_normal(Net(nn.Sequential(*layers, Mean()), i, classes))
+
+# %% ../nbs/00e_networks.ipynb #384a3040
+def summary(
+    net: nn.Module,  # any network
+    *inputs,         # what it is called with; on the network's device
+    depth: int = 2,  # how far down the tree of modules
+) -> list:  # (name, kind, shape of the output, parameters) of each part, in the order in which they ran
+    "Run a network once (in evaluation mode, without gradients) and print its size and a line for each part that ran."
+    rows, hooks, was = [], [], net.training
+    for name, m in net.named_modules():
+        if name and name.count('.') < depth and 'parametrizations' not in name:
+            def note(m, args, out, name=name):
+                rows.append((name, type(m).__name__.removeprefix('Parametrized'), tuple(getattr(out, 'shape', ())), size_of(m)))
+            hooks.append(m.register_forward_hook(note))
+    try:
+        with torch.no_grad(): net.eval()(*inputs)
+    finally:
+        net.train(was)
+        for h in hooks: h.remove()
+    wide = max(len(name) for name, *_ in rows)
+    print(f'{type(net).__name__}: {size_of(net):,} parameters')
+    for name, kind, shape, n in rows: print(f'{name:{wide}}  {kind:14}{"×".join(map(str, shape)):16}{n:>12,}')
+    return rows
 
 # %% ../nbs/00e_networks.ipynb #9c47a60c
 def small(channels: int, classes: int, width: int = 16) -> Net:

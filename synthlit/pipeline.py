@@ -13,14 +13,14 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'plain_type', 'cmd_params', 'cmd_report', 'generators_at', 'cmd_sample', 'product', 'cmd_predict',
            'cmd_export', 'agreed', 'cmd_clean', 'parser', 'main']
 
-# %% ../nbs/09_pipeline.ipynb #9973e348
-import argparse, ast, csv, dataclasses, difflib, functools, importlib, itertools, json, os, re, shutil, signal, sys, \
+# %% ../nbs/09_pipeline.ipynb #b395e9dd
+import argparse, ast, csv, dataclasses, functools, importlib, itertools, json, os, re, shutil, signal, sys, \
     tempfile, threading, time, types, typing
 from pathlib import Path
 import yaml
 from .core import (
     PACKAGE, STAGES, DamagedFile, InUse, SettingError, atomic, changes, check_same_splits, check_value, continues, field_help, module_files,
-    load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest, resolve, run_machine, save_json, stage_identity,
+    load_json, load_table, nearest, notebooks_dir, pick_device, preset_of, read_manifest, resolve, run_machine, stage_identity,
     stage_parts, take_lock, use_machine)
 
 # %% ../nbs/09_pipeline.ipynb #61f8710d
@@ -262,7 +262,7 @@ def estimate(node: Node, nodes: list, costs: dict) -> tuple:
     work = getattr(m, f'work_{node.stage}')(node.cfg, facts_of(node, nodes))
     return KERNEL_SECONDS + sum(costs[k]*work.get(k, 0) for k in costs), work.get('disk', 0)
 
-# %% ../nbs/09_pipeline.ipynb #aecd73ef
+# %% ../nbs/09_pipeline.ipynb #e9b0448f
 def only_imports(source: str) -> bool:
     "Is this cell nothing but imports?"
     try: body = ast.parse(source).body
@@ -272,7 +272,7 @@ def only_imports(source: str) -> bool:
 def derive(stage: str, parameters: dict | None = None):
     "The notebook of a stage as papermill runs it; with `parameters` their values are written in (for many stages in one kernel)."
     import nbformat
-    from nbformat.v4 import new_code_cell, new_markdown_cell
+    from nbformat.v4 import new_code_cell
     spec = STAGES[stage]
     nb = nbformat.read(notebooks_dir()/f'{spec.notebook}.ipynb', 4)
     start = next((i for i, c in enumerate(nb.cells) if c.source.startswith('## Run the stage')), None)
@@ -453,7 +453,7 @@ def wanted(nodes: list, first=None, last=None, only=None) -> list:
     lo, hi = (at(first)[0] if first else 0), (at(last)[-1] if last else len(nodes) - 1)
     return [n for i, n in enumerate(nodes) if lo <= i <= hi and (not only or i in at(only))]
 
-# %% ../nbs/09_pipeline.ipynb #f0a7057d
+# %% ../nbs/09_pipeline.ipynb #0605ae2d
 def run_chain(
     params: dict,  # from `read_params`
     out=None,  # run folder; None = runs/<name>
@@ -462,12 +462,13 @@ def run_chain(
     "Run a chain: everything that is not done yet, in order. Stops at the first failure; running again goes on."
     nodes = plan(params)
     preflight(nodes)
+    todo = wanted(nodes, first, last, only)
     run = Path(out or Path('runs')/params.get('name', 'run')).expanduser().resolve()
     lock = take_lock(run/'locks'/'run.lock')
     try:
         machine = agreed_machine(run, params.get('machine') or {})
         with atomic(run/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(resolved(params, nodes, machine), sort_keys=False))
-        todo, t, worked = wanted(nodes, first, last, only), time.time(), 0
+        t, worked = time.time(), 0
         log = open_log(run)
         if any(state_of(n, run, machine) != 'done' for n in todo):
             for s in {n.stage for n in todo}: refuse_stale(s), derive(s)
@@ -626,11 +627,12 @@ def cmd_new(a):
     with atomic(to) as tmp: tmp.write_text(text)
     print(f'{to}: next, synthlit run {to} --smoke')
 
-# %% ../nbs/09_pipeline.ipynb #1b47ae8c
-def print_plan(params: dict, out=None):
+# %% ../nbs/09_pipeline.ipynb #20220c66
+def print_plan(params: dict, out=None, first=None, last=None, only=None):
     "What a run would do, with time and disk estimated from timings taken now."
     nodes = plan(params)
     preflight(nodes)
+    todo = wanted(nodes, first, last, only)
     run, asked = Path(out or Path('runs')/params.get('name', 'run')).expanduser().resolve(), params.get('machine') or {}
     fresh = not (run/'run.json').exists()
     from synthlit.core import probe
@@ -639,7 +641,7 @@ def print_plan(params: dict, out=None):
     costs, total = unit_costs(nodes, machine), [0., 0.]
     print(f'{"stage":30}{"state":10}{"time":>9}{"disk":>10}  reads')
     moving: set = set()  # what will be done anew, and so all that reads it
-    for n in nodes:
+    for n in todo:
         state = 'to do' if fresh else state_of(n, run, machine)
         if state == 'done' and any(m.name in moving for ms in n.reads.values() for m in ms): state = 'changed'
         if state != 'done': moving.add(n.name)
@@ -652,9 +654,8 @@ def print_plan(params: dict, out=None):
 def cmd_run(a):
     "Run a chain from a parameter file."
     params = read_params(a.params, a.p)
-    wanted(plan(params), a.first, a.last, a.only)
     if a.smoke: return smoke(params, a.out)
-    if a.dry_run: return print_plan(params, a.out)
+    if a.dry_run: return print_plan(params, a.out, a.first, a.last, a.only)
     run_chain(params, a.out, a.first, a.last, a.only)
 
 # %% ../nbs/09_pipeline.ipynb #31e556e4

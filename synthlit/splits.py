@@ -10,7 +10,7 @@ __all__ = ['SPLITS_PRESETS', 'SplitsConfig', 'load_data', 'left_out', 'stratifie
            'known_labels', 'changed', 'labels_at', 'data_facts', 'work_splits', 'recipe_of', 'shared_images',
            'run_splits', 'show_parts']
 
-# %% ../nbs/01_splits.ipynb #31cd888d
+# %% ../nbs/01_splits.ipynb #bd25f1ef
 import functools, json, os, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np, pyarrow as pa, torch
 from .core import (DamagedFile, SettingError, Stage, digest, file_digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, rng,
                            said, save_json, save_table, save_tensors, show_grid, take_lock)
-from .data import PARTS, SETS, DataError, decode, decode_all, encode, load_arrays, open_set, parquet_cells, safe_name, split_subset, stand_in
+from .data import PARTS, SETS, DataError, decode_all, encode, load_arrays, open_set, parquet_cells, safe_name, split_subset, stand_in
 
 # %% ../nbs/01_splits.ipynb #ada35217
 @dataclass

@@ -21,9 +21,8 @@ from synthlit.gan.dcgan import (
     first_map,
     norm_names,
     shapes,
-    summary,
 )
-from synthlit.networks import size_of
+from synthlit.networks import size_of, summary
 
 NORM_NAMES = [*NORMS, "none", "batch+dropout", "virtualbatch+dropout"]
 SIZES = [(3, 32), (1, 28), (1, 8)]

@@ -6,7 +6,7 @@
 __all__ = ['LADDERS', 'SpectralNorm', 'sn', 'conv', 'linear', 'CondNorm', 'Attention', 'Join', 'NewChannels', 'double', 'DeepUp',
            'Up', 'Blur', 'pool', 'DeepDown', 'Down', 'ladder', 'attended', 'check_counts', 'check_choice', 'Stage',
            'LadderGenerator', 'BigGANDeepGenerator', 'BigGANGenerator', 'LadderDiscriminator',
-           'BigGANDeepDiscriminator', 'BigGANDiscriminator', 'summary']
+           'BigGANDeepDiscriminator', 'BigGANDiscriminator']
 
 # %% ../../nbs/03a2_biggan.ipynb #86e9cd98
 from itertools import pairwise
@@ -320,25 +320,3 @@ class BigGANDiscriminator(LadderDiscriminator):
         check_counts(channels=channels), check_choice('join', join, ('add', 'concat'))
         def blocks(i, o, down, first): return [Down(i, o, down, first, wide, join, blur)]
         super().__init__(channels, size, classes, [channels, *ladder('down', size, width)], nn.Identity(), blocks, attention)
-
-# %% ../../nbs/03a2_biggan.ipynb #611b9e98
-def summary(
-    net: nn.Module,  # any network
-    *inputs,         # what it is called with; on the network's device
-    depth: int = 2,  # how far down the tree of modules
-) -> list:  # (name, kind, shape of the output, parameters) of each part, in the order in which they ran
-    "Runs the network once (in evaluation mode, without gradients) and prints a line for each part."
-    rows, hooks, was = [], [], net.training
-    for name, m in net.named_modules():
-        if name and name.count('.') < depth and 'parametrizations' not in name:
-            def note(m, args, out, name=name):
-                rows.append((name, type(m).__name__.removeprefix('Parametrized'), tuple(getattr(out, 'shape', ())), size_of(m)))
-            hooks.append(m.register_forward_hook(note))
-    try:
-        with torch.no_grad(): net.eval()(*inputs)
-    finally:
-        net.train(was)
-        for h in hooks: h.remove()
-    wide = max(len(name) for name, *_ in rows)
-    for name, kind, shape, n in rows: print(f'{name:{wide}}  {kind:14}{"×".join(map(str, shape)):16}{n:>12,}')
-    return rows

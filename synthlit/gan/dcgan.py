@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'GENERATORS', 'DISCRIMINATORS', 'DCGAN_KINDS', 'conv', 'up', 'batch_norm', 'VirtualBatchNorm', 'norm_names',
            'norm_layers', 'Referenced', 'first_map', 'up_plan', 'g_dcgan', 'g_4x4', 'g_4x4_conv', 'g_fc', 'known',
            'positive', 'DCGANGenerator', 'd_trunk', 'd_dcgan', 'd_spectral', 'd_wgan', 'd_fc', 'd_deeper',
-           'DCGANDiscriminator', 'shapes', 'summary', 'build_dcgan']
+           'DCGANDiscriminator', 'shapes', 'build_dcgan']
 
 # %% ../../nbs/03a1_dcgan.ipynb #d1988b69
 import re
@@ -263,7 +263,7 @@ class DCGANDiscriminator(Referenced):
         return maps
     def forward(self, x, y=None): return self.head(self.features(x, y)[-1]).flatten()
 
-# %% ../../nbs/03a1_dcgan.ipynb #92250343
+# %% ../../nbs/03a1_dcgan.ipynb #e404413d
 def shapes(net: nn.Module, *inputs) -> list:
     "(layer, shape of its output, learned parameters, those under weight or spectral norm included) for each leaf, in the order of a forward pass."
     rows, hooks = [], []
@@ -277,12 +277,6 @@ def shapes(net: nn.Module, *inputs) -> list:
     finally:
         for h in hooks: h.remove()
     return rows
-
-def summary(net: nn.Module, *inputs):
-    "Print `shapes` as a table, with the sum."
-    rows = shapes(net, *inputs)
-    for name, shape, n in rows: print(f'{name:18}{" × ".join(map(str, shape)):>22}{n:>12,}')
-    print(f'{"sum":18}{"":22}{sum(n for *_, n in rows):>12,}')
 
 # %% ../../nbs/03a1_dcgan.ipynb #47e6e3e2
 DCGAN_KINDS: dict[str, dict] = dict(  # the five published configurations, as far as they concern the networks
