@@ -231,7 +231,7 @@ def check_outside(node: Node, nodes: list, run: Path):
     strangers = [Path(m.name) for n in nodes for ms in n.reads.values() for m in ms if '/' in m.name]
     if node.stage == 'splits' and strangers: check_same_splits(dict(splits=[run/node.name], others=strangers))
 
-# %% ../nbs/09_pipeline.ipynb #7567e647
+# %% ../nbs/09_pipeline.ipynb #0f35ca20
 KERNEL_SECONDS = 5.  # starting a kernel and importing torch, as seen on 2-core machines
 
 def unit_costs(nodes: list, machine: dict) -> dict:
@@ -245,8 +245,8 @@ def unit_costs(nodes: list, machine: dict) -> dict:
     t = Training(c, facts['shape'], list(range(facts['classes'])), machine)
     s = GanState(g, facts['shape'], facts['classes'], machine)
     jobs = dict(classifier=(lambda: t.step(image(c.batch), torch.zeros(c.batch, dtype=torch.int64), 0, 10).item(), c.batch),
-                gan=(lambda: gan_step(s, image(g.batch), torch.zeros(g.batch, dtype=torch.int64), 1, 10)[0].item(), g.batch),
-                sample=(lambda: s.E(torch.zeros(128, g.z, device=machine['device']),
+                gan=(lambda: gan_step(s, lambda number: (image(g.batch), torch.zeros(g.batch, dtype=torch.int64)), 1, 10)[0].item(), g.batch),
+                sample=(lambda: s.E(torch.zeros(128, s.G.z, device=machine['device']),
                                     torch.zeros(128, dtype=torch.int64, device=machine['device'])).sum().item(), 128))
     return {k: fastest(f)/n for k, (f, n) in jobs.items()}
 

@@ -94,8 +94,8 @@ def test_mixes_batch_is_true_exactly_where_a_score_depends_on_others(kind, norm)
     for last in (x[-1:], -x[-1:]):
         with global_rng(0, "test.dropout"):
             scores.append(copy.deepcopy(D)(torch.cat([x[:-1], last]), y)[:-1])
-    assert torch.equal(*scores) != D.mixes_batch
-    assert D.mixes_batch == ("batch" in norm_names(norm))
+    assert torch.equal(*scores) != mixes_batch(D)
+    assert mixes_batch(D) == ("batch" in norm_names(norm))
 
 
 @pytest.mark.parametrize("kind, norm", [*itertools.product(DISCRIMINATORS, NORM_NAMES)])

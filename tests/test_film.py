@@ -165,7 +165,7 @@ def test_modes_partition_as_published():
 
 
 def test_modes_of_the_dcgan():
-    G, D = build_gan((1, 8, 8), 10, 8, 8, 8, 1, True, 0)
+    G, D = build_gan("pair", (1, 8, 8), 10, 8, 8, 8)
     assert names(G, trainable(G, "embed")) == {"embed.weight", "norms.0.gain.weight", "norms.0.bias.weight"}
     assert names(D, trainable(D, "linear")) == {"embed.weight", "linear.weight", "linear.bias"}
 

@@ -261,7 +261,7 @@ class BigGANGenerator(LadderGenerator):
         first, *pieces = z.chunk(len(self.stages) + 1, 1)
         return first, [torch.cat([e, p], 1) for p in pieces]
 
-# %% ../../nbs/03a2_biggan.ipynb #6943c3fb
+# %% ../../nbs/03a2_biggan.ipynb #395a72bb
 class LadderDiscriminator(nn.Module):
     "Images N×C×S×S and labels N (or None) -> N scores: stages, sum over the map, projection on the label's embedding (1802.05637)."
     pack = 1
@@ -275,8 +275,8 @@ class LadderDiscriminator(nn.Module):
             look = Attention(o) if attention and down and side == attended(size) else None
             stages.append(Stage(make_blocks(i, o, down, n == 0), look))
         self.stages, self.linear, self.embed = nn.ModuleList(stages), linear(d, 1), sn(nn.Embedding(classes, d))
-    def features(self, x):
-        "The map after each stage."
+    def features(self, x, y=None):
+        "The map after each stage (the label only counts at the end)."
         x, found = self.stem(x), []
         for stage in self.stages: found.append(x := stage(x))
         return found

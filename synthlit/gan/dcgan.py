@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'GENERATORS', 'DISCRIMINATORS', 'DCGAN_KINDS', 'conv', 'up', 'batch_norm', 'VirtualBatchNorm', 'norm_names',
-           'norm_layers', 'Referenced', 'first_map', 'up_plan', 'g_dcgan', 'g_4x4', 'g_4x4_conv', 'g_fc', 'known',
-           'positive', 'DCGANGenerator', 'd_trunk', 'd_dcgan', 'd_spectral', 'd_wgan', 'd_fc', 'd_deeper',
+           'norm_layers', 'mixes_batch', 'Referenced', 'first_map', 'up_plan', 'g_dcgan', 'g_4x4', 'g_4x4_conv', 'g_fc',
+           'known', 'positive', 'DCGANGenerator', 'd_trunk', 'd_dcgan', 'd_spectral', 'd_wgan', 'd_fc', 'd_deeper',
            'DCGANDiscriminator', 'shapes', 'build_dcgan']
 
 # %% ../../nbs/03a1_dcgan.ipynb #d1988b69
@@ -50,7 +50,7 @@ class VirtualBatchNorm(nn.Module):
         mu, var = [torch.cat([p.expand(n, -1), q])[..., None, None] for p, q in ((m, mu), (v, var))]
         return (h - mu)*(var + self.eps).rsqrt()*self.gain + self.bias
 
-# %% ../../nbs/03a1_dcgan.ipynb #bdd2d9df
+# %% ../../nbs/03a1_dcgan.ipynb #7303eb79
 NORMS = dict(  # name -> layer for (channels, side of the map, dropout's p, size of the reference batch)
     batch=lambda c, s, p, r: batch_norm(c),
     layer=lambda c, s, p, r: nn.LayerNorm([c, s, s]),
@@ -73,16 +73,19 @@ def norm_layers(norm: str, reference: int):
     names = norm_names(norm)
     return lambda c, s, p=.4: [NORMS[n](c, s, p, reference) for n in names]
 
-# %% ../../nbs/03a1_dcgan.ipynb #99ae271a
+def mixes_batch(net: nn.Module) -> bool:
+    "Does what the network says of one row depend on the others (batch norm)?"
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+# %% ../../nbs/03a1_dcgan.ipynb #8d9656f1
 class Referenced(nn.Module):
     "A network that puts a fixed reference batch before its input, if virtual batch norm needs one."
     ref_x: torch.Tensor
     ref_y: torch.Tensor
     ref_set: torch.Tensor
     def make_room(self, norm: str, shape: tuple, reference: int):
-        "Buffers for `reference` inputs of `shape` and their labels, and the facts that follow from the layers."
+        "Buffers for `reference` inputs of `shape` and their labels."
         self.reference = reference if 'virtualbatch' in norm_names(norm) else 0
-        self.mixes_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
         if not self.reference: return
         self.register_buffer('ref_x', torch.zeros(reference, *shape))
         self.register_buffer('ref_y', torch.zeros(reference, dtype=torch.long))

@@ -111,7 +111,7 @@ class SNBlock(nn.Module):
         self.pool, self.shortcut = nn.AvgPool2d(2) if pool else nn.Identity(), conv(i, o, 1) if i != o else nn.Identity()
     def forward(self, x): return self.pool(self.body(x)) + self.shortcut(self.pool(x))
 
-# %% ../../nbs/03a3_film.ipynb #7e4cbf5b
+# %% ../../nbs/03a3_film.ipynb #1f256456
 class FilmDiscriminator(nn.Module):
     "Images N×C×S×S, labels N or None -> N scores; the spectral-norm projection discriminator of 2203.16662 with its InfoGAN head."
     pack = 1  # images that it sees together
@@ -124,8 +124,8 @@ class FilmDiscriminator(nn.Module):
         self.psi, self.phi, self.embed = spectral_norm(nn.Linear(d, d)), spectral_norm(nn.Linear(d, 1)), nn.Embedding(classes, d)
         self.info = nn.Sequential(*(m for o in (d, d, 2*z) for m in (spectral_norm(nn.Linear(d, o)), nn.ReLU())))[:-1]
         nn.init.normal_(self.embed.weight, std=d**-.5)  # length 1: at the start both terms of the score weigh the same
-    def features(self, x):
-        "N×8·width: what the heads read."
+    def features(self, x, y=None):
+        "N×8·width: what the heads read (they are told the label, not these)."
         return self.body(x).relu().mean((2, 3))
     def score(self, h, y=None):
         "N scores of features; without labels the unconditional ones."
@@ -214,7 +214,7 @@ class TinyR3Generator(nn.Module):
         self.last = he_(nn.Conv2d(width, channels, 1) if stride == 1 else nn.ConvTranspose2d(width, channels, 2*stride, stride, stride//2))
     def forward(self, z, y): return self.last(self.body(self.linear(torch.cat([z, self.embed(y)], 1))[..., None, None]*self.start)).tanh()
 
-# %% ../../nbs/03a3_film.ipynb #6a227018
+# %% ../../nbs/03a3_film.ipynb #91b85365
 class TinyR3Discriminator(nn.Module):
     "Images N×C×S×S, labels N or None -> N scores, in the spirit of R3GAN (2501.05441)."
     pack = 1  # images that it sees together
@@ -229,8 +229,8 @@ class TinyR3Discriminator(nn.Module):
         self.body = nn.Sequential(*stage(c[0]), *(m for i, o in zip(c, c[1:]) for m in (*down(i, o), *stage(o))))
         self.basis = nn.Parameter(torch.randn(c[-1], side, side)/side)
         self.linear, self.embed = he_(nn.Linear(c[-1], 1)), nn.Embedding(classes, c[-1])
-    def features(self, x):
-        "N×channels of the last map: its sum, weighted per position."
+    def features(self, x, y=None):
+        "N×channels of the last map: its sum, weighted per position (without the label)."
         return (self.body(self.first(x))*self.basis).sum((2, 3))
     def score(self, h, y=None):
         "N scores of features; without labels the class term is left out."
