@@ -14,7 +14,7 @@ from synthlit.classifier import one_cycle
 from synthlit.core import DamagedFile, global_rng, randn, rng
 from synthlit.filter import Pool, accept, confident
 from synthlit.generator import BLOCK, latents
-from synthlit.metrics import InceptionFeatures, Moments, fid, frechet_distance, frechet_from_moments, prdc
+from synthlit.metrics import InceptionFeatures, Moments, fid, frechet_distance, frechet_from_moments, inception_score, kid, prdc
 from synthlit.splits import SplitsConfig, cut_data, fewshot_split, load_data, stratified
 
 
@@ -111,6 +111,70 @@ def test_prdc_counts_ties_as_inside():
     assert want["coverage"] == 1 and want["precision"] == 1  # point 20, outside, is at distance 1 of point 19: on the border
     same = np.ones((30, 4))
     assert prdc(same, same, 5) == dict(precision=1, recall=1, density=6, coverage=1)  # 30 balls of radius 0 / k
+
+
+# ---- kernel distance and inception score
+
+
+def kid_by_loops(x, y) -> float:
+    """The unbiased estimate of Bińkowski et al. 2018, pair by pair."""
+    k = lambda a, b: (sum(float(p) * float(q) for p, q in zip(a, b)) / len(a) + 1) ** 3
+    within = lambda z: sum(k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j) / (len(z) * (len(z) - 1))
+    return within(x) + within(y) - 2 * sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
+
+
+@pytest.mark.parametrize("n,m,d", [(23, 31, 5), (2, 2, 1), (40, 3, 12)])
+def test_kid_equals_its_definition(n, m, d):
+    x, y = clouds(n, m, d)
+    for block in (1, 7, 1024):
+        assert kid(x, y, block) == pytest.approx(kid_by_loops(x, y), rel=1e-9)
+    assert kid(y, x) == pytest.approx(kid(x, y), rel=1e-9)
+    assert kid(torch.from_numpy(x).float(), y) == pytest.approx(kid(x, y), rel=1e-4)
+
+
+def test_kid_of_scikit_learns_kernel():
+    from sklearn.metrics.pairwise import polynomial_kernel
+
+    x, y = clouds(300, 200, 20)
+    xx, yy, xy = [polynomial_kernel(a, b, degree=3, gamma=1 / 20, coef0=1) for a, b in ((x, x), (y, y), (x, y))]
+    want = (xx.sum() - np.trace(xx)) / (300 * 299) + (yy.sum() - np.trace(yy)) / (200 * 199) - 2 * xy.mean()
+    assert kid(x, y) == pytest.approx(want, rel=1e-9) and want > 0
+
+
+def test_kid_is_unbiased():
+    x, _ = clouds(120, 2, 6)
+    halves = np.array([kid(x[p[:60]], x[p[60:]]) for p in (rng(0, "test.halves", i).permutation(120) for i in range(300))])
+    assert halves.min() < 0 < halves.max() and abs(halves.mean()) < 4 * halves.std() / 300**0.5
+    with pytest.raises(ValueError, match="at least 2"):
+        kid(x[:1], x)
+
+
+def inception_score_by_hand(p) -> float:
+    kl = [sum(a * math.log(a / b) for a, b in zip(row, p.mean(0)) if a > 0) for row in p]
+    return math.exp(sum(kl) / len(kl))
+
+
+def test_inception_score_by_hand():
+    p = np.random.default_rng(0).dirichlet([0.2] * 7, 300)
+    assert inception_score(p, 1) == (pytest.approx(inception_score_by_hand(p), rel=1e-12), 0)
+    scores = [inception_score_by_hand(part) for part in np.array_split(p[rng(0, "inception.splits").permutation(300)], 10)]
+    assert inception_score(p) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+    assert inception_score(torch.from_numpy(p).float())[0] == pytest.approx(np.mean(scores), rel=1e-5)
+    for k in (2, 5, 9):
+        assert inception_score(np.full((100, k), 1 / k)) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
+        assert inception_score(np.eye(k)[np.arange(10 * k) % k], 1)[0] == pytest.approx(k)
+    assert inception_score(np.eye(4)[[2] * 100]) == (1, 0)
+
+
+@pytest.mark.parametrize("n,splits", [(9, 1), (99, 10), (5, 10), (20, 0)])
+def test_inception_score_refuses_few_samples(n, splits):
+    with pytest.raises(ValueError, match="at least .* samples, 10 a split"):
+        inception_score(np.full((n, 4), 0.25), splits)
+
+
+def test_inception_score_refuses_logits():
+    with pytest.raises(ValueError, match="probabilities"):
+        inception_score(np.random.default_rng(0).normal(size=(100, 4)))
 
 
 # ---- FID with Inception's weights from a file

@@ -482,7 +482,7 @@ def train_gan(
             if lead and (done % min(500, c.eval_every) == 0 or done == total or asked): stage.history.save(), stage.checkpoints.save(done, s.state())
             if asked: raise KeyboardInterrupt(f'{stage.dir.name} stopped after step {done}, saved; the same command goes on from here')
 
-# %% ../../nbs/03b_gan_training.ipynb #b1fe13b8
+# %% ../../nbs/03b_gan_training.ipynb #3e03140a
 def work_gan(cfg: GanConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     total = cfg.total(facts['n_train'])
@@ -514,10 +514,11 @@ def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list)
     "Save the last networks (what fine-tuning starts from), the film, and the result from the history: the best evaluation and where it was."
     as_generator(s, part, labels).save(stage.dir/'last')
     save_tensors(stage.dir/'last'/'discriminator.safetensors', s.D.state_dict())
-    animate(stage.dir/'pictures', stage.dir/'film.gif')
+    animate(stage.dir/'pictures', stage.dir/'film.png')
     rows = [r for r in stage.history.rows if r.get('frechet') is not None]
     best = min(rows, key=lambda r: r['frechet'])
-    result = dict(steps=total, best_step=best['step'], **{k: best[k] for k in ('frechet', 'kid', 'agreement', 'coverage', 'variety')},
+    measured = ('frechet', 'kid', 'agreement', 'coverage', 'variety', 'fid', 'is_mean')
+    result = dict(steps=total, best_step=best['step'], **{k: best[k] for k in measured if best.get(k) is not None},
                   trained=labels, n_train=len(part), digest=load_generator(stage.dir).digest)
     stage.saw = list(part.saw)
     stage.finish(result)
