@@ -18,6 +18,7 @@ from synthlit.gan.dcgan import (
     DCGANGenerator,
     VirtualBatchNorm,
     build_dcgan,
+    mixes_batch,
     first_map,
     norm_names,
     shapes,

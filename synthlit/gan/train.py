@@ -28,7 +28,7 @@ from .losses import FREE, check_discriminator, clip_weights, d_loss, feature_mat
 from .models import Packed, build_gan, build_generator
 from .watch import Watch, animate, collapsed, picture, save_picture, score_accuracy
 
-# %% ../../nbs/03b_gan_training.ipynb #ff5a71d3
+# %% ../../nbs/03b_gan_training.ipynb #e1a724e2
 @dataclass
 class GanConfig:
     "Everything that may be set about a GAN and its training."
@@ -100,8 +100,8 @@ class GanConfig:
         if self.batch % self.pack: raise SettingError(f'gan.batch = {self.batch} must be a multiple of gan.pack = {self.pack}')
         if self.batch % (parts := self.pack*self.accumulate):
             raise SettingError(f'gan.batch = {self.batch} must be a multiple of pack x accumulate = {parts}: try {-(-self.batch//parts)*parts}')
-        if self.pack > 1 and not self.balanced: raise SettingError(f'gan.balanced = false needs gan.pack = 1 (it is {self.pack}): a pack holds one class')
-        if self.pack > 1 and self.random_labels: raise SettingError(f'gan.random_labels needs gan.pack = 1 (it is {self.pack}): a pack holds one class')
+        for bad, what in ((not self.balanced, 'balanced = false'), (self.random_labels, 'random_labels')):
+            if bad and self.pack > 1: raise SettingError(f'gan.{what} needs gan.pack = 1 (it is {self.pack}): a pack holds one class')
         if len(self.smooth) != 2 or self.smooth[0] > self.smooth[1]:
             raise SettingError(f'gan.smooth = {self.smooth}: two numbers, the smaller first, such as [0.7, 0.9]')
         check_policy(self.augment)
@@ -184,12 +184,12 @@ class Packs:
         rows = np.array([self.rows[c][(int(f*k) + h) % k] for c, f, k, hs in zip(y[::self.pack], first, size, hop) for h in hs])
         return self.images[torch.from_numpy(rows)], torch.from_numpy(y)
 
-# %% ../../nbs/03b_gan_training.ipynb #885e0f02
+# %% ../../nbs/03b_gan_training.ipynb #a5a029c8
 class Shuffled:
     "Batches from shuffled passes over a split, addressed by number."
     def __init__(self, split: Split, batch: int, seed: int, device='cpu'):
-        self.images, self.labels, self.seed, self.batch, self.order = split.images.to(device), split.labels, seed, batch, (-1, None)
-        self.per = len(split)//batch
+        self.images, self.labels, self.seed, self.batch, self.per = split.images.to(device), split.labels, seed, batch, len(split)//batch
+        self.order: tuple = (-1, None)
     def __call__(self, number: int) -> tuple:
         "(images uint8, labels) of one batch."
         e, b = divmod(number, self.per)
@@ -248,11 +248,12 @@ class GanState:
         net = copy.deepcopy(self.E if self.cfg.ema else self.G).eval().requires_grad_(False)
         return standing_statistics(net, self.classes, self.cfg.standing, self.cfg.seed) if self.cfg.standing else net
 
-# %% ../../nbs/03b_gan_training.ipynb #ef83cc8e
+# %% ../../nbs/03b_gan_training.ipynb #e0995fac
 @torch.no_grad()
 def standing_statistics(net: nn.Module, classes: int, passes: int, seed: int) -> nn.Module:
     "Measure a generator's batch norms anew over passes of 2 to `passes` + 1 images; changes and returns `net`."
-    norms, r, dev = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)], rng(seed, 'gan.standing'), next(net.parameters()).device
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    r, dev = rng(seed, 'gan.standing'), next(net.parameters()).device
     for m in norms: m.reset_running_stats(); m.momentum = None  # None: the plain mean over all passes
     net.train()
     for i in range(passes):
@@ -261,7 +262,7 @@ def standing_statistics(net: nn.Module, classes: int, passes: int, seed: int) ->
     for m in norms: m.momentum = .1
     return net.eval()
 
-# %% ../../nbs/03b_gan_training.ipynb #460c8529
+# %% ../../nbs/03b_gan_training.ipynb #70187493
 class Look(NamedTuple):
     "What one update looks at."
     x: torch.Tensor  # N×C×S×S real images in [-1, 1]
@@ -272,7 +273,7 @@ class Look(NamedTuple):
     own: str  # '.g' for a look of the generator's own
     def parts(self, n: int) -> list:
         "The look in n equal parts."
-        return [Look(*ts, self.number*n + i, self.own) for i, ts in enumerate(zip(*[t.chunk(n) for t in self[:4]]))]
+        return [Look(x, y, z, fy, self.number*n + i, self.own) for i, (x, y, z, fy) in enumerate(zip(*[t.chunk(n) for t in (self.x, self.y, self.z, self.fy)]))]
 
 def look(s: GanState, batches, step: int, k: int = 0) -> Look:
     "Look k of a step: the discriminator's 0 to d_steps - 1, then the generator's own."
@@ -292,9 +293,9 @@ def fakes(s: GanState, l: Look) -> torch.Tensor:
 
 def seen(s: GanState, l: Look, x: torch.Tensor, side: str) -> torch.Tensor:
     "Images as the discriminator sees them: augmented, where asked, the reals and the fakes by numbers of their own."
-    return diff_augment(x, s.cfg.augment, s.cfg.augment_p, rng(s.cfg.seed, f'gan.augment.{side}{l.own}', l.number)) if s.cfg.augment and s.cfg.augment_p else x
+    return diff_augment(x, s.cfg.augment, s.cfg.augment_p, rng(s.cfg.seed, f'gan.augment.{side}{l.own}', l.number))
 
-# %% ../../nbs/03b_gan_training.ipynb #c4da08e3
+# %% ../../nbs/03b_gan_training.ipynb #7cd2ceb0
 def reader(D: nn.Module, x: torch.Tensor):
     "(labels -> scores, features) of images; one pass serves all heads where the network has several."
     if not hasattr(D, 'score'): return lambda y=None: D(x, y).float(), None
@@ -305,7 +306,7 @@ def target(s: GanState, l: Look, scores: torch.Tensor):
     "What `bce` wants for scores of real images: a number for each, from its range."
     c = s.cfg
     if c.loss != 'bce': return 1.
-    return torch.from_numpy(rng(c.seed, f'gan.smooth{l.own}', l.number).uniform(*c.smooth, len(scores)).astype(np.float32)).to(scores.device)
+    return torch.from_numpy(rng(c.seed, f'gan.smooth{l.own}', l.number).uniform(c.smooth[0], c.smooth[1], len(scores)).astype(np.float32)).to(scores.device)
 
 def penalties(s: GanState, l: Look, x: torch.Tensor, fake: torch.Tensor) -> torch.Tensor | float:
     "The penalties asked for, every `penalty_every` looks and that much stronger."
@@ -390,7 +391,7 @@ def gan_step(
     s.average(step)
     return loss_d, loss_g
 
-# %% ../../nbs/03b_gan_training.ipynb #c27ee73c
+# %% ../../nbs/03b_gan_training.ipynb #52e8ad6d
 @torch.no_grad()
 def judge(s: GanState, batches, net: nn.Module) -> dict:
     "Losses of both networks and the discriminator's accuracy on real images that it was not trained on and as many fakes."
@@ -401,7 +402,8 @@ def judge(s: GanState, batches, net: nn.Module) -> dict:
     s.D.train(was)
     kind = s.cfg.loss if s.cfg.loss_g in ('same', 'feature_matching') else s.cfg.loss_g
     right = score_accuracy(real, fake, s.cfg.loss in FREE)
-    return dict(val_loss_d=d_loss(real, fake, s.cfg.loss).item(), val_loss_g=g_loss(real, fake, kind).item(), accuracy_real=right[0], accuracy_fake=right[1])
+    losses = dict(val_loss_d=d_loss(real, fake, s.cfg.loss).item(), val_loss_g=g_loss(real, fake, kind).item())
+    return dict(**losses, accuracy_real=right[0], accuracy_fake=right[1])
 
 def as_generator(s: GanState, split: Split, trained: list) -> GanGenerator:
     "What samples now, as a Generator (a copy)."
@@ -433,7 +435,7 @@ def new_batches(cfg: GanConfig, split: Split, labels: list, batch: int, device, 
     if cfg.balanced if balanced is None else balanced: return Packs(split, labels, batch, cfg.pack, cfg.seed, device)
     return Shuffled(split, batch, cfg.seed, device)
 
-# %% ../../nbs/03b_gan_training.ipynb #1a2fb549
+# %% ../../nbs/03b_gan_training.ipynb #599da7ce
 @contextmanager
 def finish_first():
     "Yields a list that is empty until Ctrl-C is pressed; a second Ctrl-C interrupts at once."
@@ -477,7 +479,8 @@ def train_gan(
     with finish_first() as asked:
         for step in stage.track(range(start, total), total, start, stage.dir.name):
             losses, done = gan_step(s, batches, step, total), step + 1
-            if done % c.log_every == 0 or done == total: check_finite(stage, done, losses), stage.history.log(done, loss_d=losses[0], loss_g=losses[1])
+            if done % c.log_every == 0 or done == total:
+                check_finite(stage, done, losses), stage.history.log(done, loss_d=losses[0], loss_g=losses[1])
             if lead and (done % c.eval_every == 0 or done == total): watching(s, done)
             if lead and (done % min(500, c.eval_every) == 0 or done == total or asked): stage.history.save(), stage.checkpoints.save(done, s.state())
             if asked: raise KeyboardInterrupt(f'{stage.dir.name} stopped after step {done}, saved; the same command goes on from here')
