@@ -93,7 +93,7 @@ def chain(**stages) -> dict:
         ({"gan": {"steps": 2.5}}, ["steps = 2.5", "int"]),
         ({"gan": {"flip": "no way"}}, ["flip", "bool"]),
         ({"gan": {"steps": True}}, ["steps = True", "int"]),
-        ({"gan": {"loss": "hinge"}}, ["loss = 'hinge'", "'ns'"]),
+        ({"gan": {"loss": "hinged"}}, ["loss = 'hinged'", "'hinge'"]),
         ({"gan": {"lr_g": float("nan")}}, ["lr_g = nan"]),
         ({"gan": {"r1": float("inf")}}, ["r1 = inf"]),
         ({"gan": {"seed": [0, -1]}}, ["seed = -1", "at least 0"]),

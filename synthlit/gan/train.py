@@ -262,7 +262,7 @@ def standing_statistics(net: nn.Module, classes: int, passes: int, seed: int) ->
     for m in norms: m.momentum = .1
     return net.eval()
 
-# %% ../../nbs/03b_gan_training.ipynb #70187493
+# %% ../../nbs/03b_gan_training.ipynb #9072f84d
 class Look(NamedTuple):
     "What one update looks at."
     x: torch.Tensor  # N×C×S×S real images in [-1, 1]
@@ -273,7 +273,8 @@ class Look(NamedTuple):
     own: str  # '.g' for a look of the generator's own
     def parts(self, n: int) -> list:
         "The look in n equal parts."
-        return [Look(x, y, z, fy, self.number*n + i, self.own) for i, (x, y, z, fy) in enumerate(zip(*[t.chunk(n) for t in (self.x, self.y, self.z, self.fy)]))]
+        cut = zip(*[t.chunk(n) for t in (self.x, self.y, self.z, self.fy)])
+        return [Look(x, y, z, fy, self.number*n + i, self.own) for i, (x, y, z, fy) in enumerate(cut)]
 
 def look(s: GanState, batches, step: int, k: int = 0) -> Look:
     "Look k of a step: the discriminator's 0 to d_steps - 1, then the generator's own."
@@ -295,7 +296,7 @@ def seen(s: GanState, l: Look, x: torch.Tensor, side: str) -> torch.Tensor:
     "Images as the discriminator sees them: augmented, where asked, the reals and the fakes by numbers of their own."
     return diff_augment(x, s.cfg.augment, s.cfg.augment_p, rng(s.cfg.seed, f'gan.augment.{side}{l.own}', l.number))
 
-# %% ../../nbs/03b_gan_training.ipynb #7cd2ceb0
+# %% ../../nbs/03b_gan_training.ipynb #b0f26f58
 def reader(D: nn.Module, x: torch.Tensor):
     "(labels -> scores, features) of images; one pass serves all heads where the network has several."
     if not hasattr(D, 'score'): return lambda y=None: D(x, y).float(), None
@@ -306,7 +307,8 @@ def target(s: GanState, l: Look, scores: torch.Tensor):
     "What `bce` wants for scores of real images: a number for each, from its range."
     c = s.cfg
     if c.loss != 'bce': return 1.
-    return torch.from_numpy(rng(c.seed, f'gan.smooth{l.own}', l.number).uniform(c.smooth[0], c.smooth[1], len(scores)).astype(np.float32)).to(scores.device)
+    drawn = rng(c.seed, f'gan.smooth{l.own}', l.number).uniform(c.smooth[0], c.smooth[1], len(scores))
+    return torch.from_numpy(drawn.astype(np.float32)).to(scores.device)
 
 def penalties(s: GanState, l: Look, x: torch.Tensor, fake: torch.Tensor) -> torch.Tensor | float:
     "The penalties asked for, every `penalty_every` looks and that much stronger."
