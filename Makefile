@@ -21,6 +21,7 @@ test: .venv/.installed-dev ## all checks, in the order below (CI runs this); WOR
 
 bench: .venv/.installed-dev ## our speed beside public peers
 	$(V)/python tests/bench.py
+	$(V)/python tests/bench_gan.py 1 2
 
 results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb
 	for p in fast_fashion_mnist fast_cifar10; do $(V)/synthlit run $$p && for s in runs/$$p/*[0-9]/; do \
