@@ -34,15 +34,16 @@ def shift_flip(
     padded = F.pad(x, (shift,)*4, value=fill).permute(0, 2, 3, 1)
     return padded[torch.arange(n, device=x.device)[:, None, None], rows, cols].permute(0, 3, 1, 2)
 
-# %% ../nbs/00f_augment.ipynb #2ef62c9c
+# %% ../nbs/00f_augment.ipynb #ee7a5c4d
 def uniform(r: np.random.Generator, low: float, high: float, *shape, device='cpu') -> torch.Tensor:
     "float32 uniform in [low, high)."
     return torch.from_numpy(r.uniform(low, high, shape).astype(np.float32)).to(device)
 
 def crop_box(n: int, area: float, r: np.random.Generator, device='cpu') -> tuple:
     "Half-height, half-width and centre of random boxes, in units of the image's half side: a share of its area in [area, 1], ratio in [3/4, 4/3]."
-    share, ratio = uniform(r, area, 1, n, device=device), uniform(r, math.log(3/4), math.log(4/3), n, device=device).exp()
-    h, w = (share/ratio).sqrt().clamp(max=1), (share*ratio).sqrt().clamp(max=1)
+    share, u = uniform(r, area, 1, n, device=device), uniform(r, -1, 1, n, device=device)
+    ratio = (u*(-share.log()).clamp(max=math.log(4/3))).exp()  # share <= ratio <= 1/share: no side is longer than the image's
+    h, w = (share/ratio).sqrt(), (share*ratio).sqrt()
     y, x = uniform(r, -1, 1, 2, n, device=device)
     return h, w, y*(1 - h), x*(1 - w)
 

@@ -8,7 +8,7 @@ __all__ = ['CLASSIFIER_PRESETS', 'CPU', 'ClassifierConfig', 'one_cycle', 'learni
            'new_net', 'twin', 'shares_of', 'Crew', 'rank_and_world', 'of_rank', 'spread', 'Training', 'blend',
            'train_classifier', 'refuse_nan', 'save_training', 'cas', 'confusion', 'work_classifier', 'run_classifier']
 
-# %% ../nbs/02_classifier.ipynb #ca5f4975
+# %% ../nbs/02_classifier.ipynb #cad9f4b3
 import copy, math, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,10 +20,10 @@ from .core import (
     Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, pack, preset_of, resolve,
     restore_optimizer, rng, said, save_tensors)
 from .augment import Augment, augment_batch, mix_batch, to_float
-from .networks import build_net
+from .networks import build_net, check_net
 from .splits import Split, load_split
 
-# %% ../nbs/02_classifier.ipynb #e27099e5
+# %% ../nbs/02_classifier.ipynb #0bb319fe
 @dataclass
 class ClassifierConfig(Augment):
     "The recipe: one for real and synthetic images alike."
@@ -52,6 +52,7 @@ class ClassifierConfig(Augment):
         "Refuse what the data cannot give."
         if self.batch > facts['n_train']:
             raise SettingError(f'classifier.batch = {self.batch}: the training split has only {facts["n_train"]} images')
+        check_net(self.network, self.width)
 
 CLASSIFIER_PRESETS = dict(
     # one row a data set
@@ -299,7 +300,7 @@ def blend(average: nn.Module, net: nn.Module, keep: float):
     ours, theirs = [list(m.parameters()) + [b for b in m.buffers() if b.is_floating_point()] for m in (average, net)]
     torch._foreach_lerp_(ours, theirs, 1 - keep)
 
-# %% ../nbs/02_classifier.ipynb #b7e2a730
+# %% ../nbs/02_classifier.ipynb #cd711d5c
 def train_classifier(
     source,  # what to train on: `len(source)` and `source.epoch(e) -> (images, labels)`
     recipe: ClassifierConfig,
@@ -318,32 +319,40 @@ def train_classifier(
     start, state = checkpoints.load() if checkpoints else (0, None)
     if state: t.load(state)
     if history: history.cut(start)
-    feed, per_epoch = batches(source, recipe, machine, start), max(1, len(source)//min(recipe.batch, len(source)))
+    feed, per_epoch, losses = batches(source, recipe, machine, start), max(1, len(source)//min(recipe.batch, len(source))), []
     for step in track(range(start, steps), steps, start, 'classifier'):
         x, y = next(feed)
         loss, n = t.step(x, y, step, steps), step + 1
-        done = n == steps
-        if n % min(every, 100) == 0 or done: refuse_nan(t.state(), n, checkpoints)
+        losses, done = [*losses, loss], n == steps
+        if n % 100 == 0 or n % every == 0 or done: losses = refuse_nan(t.state(), n, losses, checkpoints)
         if n % per_epoch == 0 or done:
             seen = t.judge(val)
             if history: history.log(n, loss=loss, **seen)
         if checkpoints and t.rank == 0 and (n % every == 0 or done): save_training(checkpoints, history, n, **t.state())
     return t.done()
 
-def refuse_nan(state: dict, step: int, checkpoints: Checkpoints | None):
-    "Stop a training whose weights, averages or moments are no longer numbers, before they are saved."
-    if all(torch.isfinite(v).all() for v in pack(state)[0].values()): return
-    kept = f'; the checkpoint of step {checkpoints.load()[0]} is kept' if checkpoints and checkpoints.paths() else ''
-    raise FloatingPointError(f'the weights are not numbers any more at step {step}{kept}. Try a smaller classifier.lr, or classifier.clip = 1')
+def refuse_nan(
+    state: dict,  # of the training after this step
+    step: int,  # steps done
+    losses: list,  # of the last steps, not yet looked at
+    checkpoints: Checkpoints | None,
+) -> list:  # for the losses to come
+    "Stop a training whose loss, weights, averages or moments are no longer numbers, before they are saved."
+    good = int(torch.stack(losses).isfinite().long().cumprod(0).sum())
+    if good == len(losses) and all(torch.isfinite(v).all() for v in pack(state)[0].values()): return []
+    what = 'the weights are no numbers any more' if good == len(losses) else 'the loss is no number any more'
+    kept = f'the checkpoint of step {checkpoints.load()[0]} is kept' if checkpoints and checkpoints.paths() else 'no checkpoint was written before'
+    first = min(step, step - len(losses) + good + 1)
+    raise FloatingPointError(f'{what} at step {first}; {kept}. Try a smaller classifier.lr, or classifier.clip = 1')
 
 def save_training(checkpoints: Checkpoints, history, step: int, **state):
     "History first, then the checkpoint that cuts it: so they never disagree after a crash."
     if history: history.save()
     checkpoints.save(step, state)
 
-# %% ../nbs/02_classifier.ipynb #728f27c2
+# %% ../nbs/02_classifier.ipynb #7d69d035
 def cas(source, recipe: ClassifierConfig, classes: list, steps: int, test: Split, **kw) -> float:
-    "Classification accuracy score: accuracy on real images of a classifier trained only on `source` (1905.10887). Hand in val while choosing."
+    "Classification accuracy score: accuracy on real images of a classifier trained only on `source` (arXiv 1905.10887). Hand in val while choosing."
     return train_classifier(source, recipe, classes, steps, **kw).accuracy(test)
 
 # %% ../nbs/02_classifier.ipynb #5831772a

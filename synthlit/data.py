@@ -591,14 +591,14 @@ def load_arrays(
         raise DataError(f'{dataset}: its parts have several sizes ({sizes}); say `size` to bring all to one')
     return {**{k: (a, found.parts[k].labels) for k, a in x.items()}, 'classes': found.classes, **({'n_val': found.n_val} if found.n_val else {})}
 
-# %% ../nbs/00d_data.ipynb #5c676b10
+# %% ../nbs/00d_data.ipynb #a758b91f
 def stand_in(
     dataset: str,  # a name of `SETS`, or a folder (if it is there, its classes and shape are used)
     n: int,  # images per class
     seed: int = 0,  # address
     size: int | None = None,  # side in pixels; None = as the data set's
 ) -> dict:  # as `load_arrays`
-    "Random images of a data set's shape, brightness by class."
+    "Random images of a data set's shape, brightness by the last digit of the class."
     spec = SETS.get(dataset, SETS['digits'])
     shape, classes = spec.shape, spec.names
     if dataset not in SETS and Path(split_subset(dataset)[0]).expanduser().exists():

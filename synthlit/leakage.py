@@ -7,16 +7,18 @@ __all__ = ['CHANGES', 'THRESHOLDS', 'PHOTOGRAPHS', 'CURVE', 'Pairs', 'best_first
            'odd', 'blur', 'detail', 'overlap', 'best_cosine', 'moved', 'jpeg', 'zoomed', 'noisy', 'coarse',
            'candidates', 'details', 'near_pairs', 'planted', 'curve', 'name_of', 'threshold_for', 'duplicates',
            'joined', 'show_pairs', 'audit', 'audit_rows', 'print_rows', 'clean_positions', 'without', 'deduplicate',
-           'best_each', 'near_threshold', 'some_pairs', 'counts', 'audit_dataset', 'published', 'save_pairs']
+           'best_each', 'near_threshold', 'some_pairs', 'counts', 'pair_table', 'timed', 'audit_pictures',
+           'audit_dataset', 'published', 'save_pairs']
 
-# %% ../nbs/01b_leakage.ipynb #29ea23b7
-import hashlib, io, time
+# %% ../nbs/01b_leakage.ipynb #17743825
+import hashlib, io, json, time
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, pyarrow as pa, torch
 from torch.nn import functional as F
 from .core import SettingError, digest, nearest, rng, save_json, save_table
 from .splits import DataError, Split, SplitsConfig, load_data
+from .splits import name_of as name_of_set
 
 # %% ../nbs/01b_leakage.ipynb #f7a3c165
 @dataclass
@@ -70,13 +72,13 @@ def exact_pairs(
     ab = torch.tensor(sorted(found), dtype=torch.int64).view(-1, 2)
     return Pairs(ab[:, 0], ab[:, 1], torch.ones(len(ab)), torch.ones(len(ab), dtype=torch.bool), names=('a', 'a' if b is None else 'b'))
 
-# %% ../nbs/01b_leakage.ipynb #0464c773
+# %% ../nbs/01b_leakage.ipynb #20359c67
 def odd(x: float) -> int:
     "The nearest odd whole number, at least 1."
     return max(1, 2*round((x - 1)/2) + 1)
 
 def blur(x: torch.Tensor, k: int) -> torch.Tensor:
-    "Mean over k×k windows, borders reflected (sums of shifted rows, then columns: three times as fast as `avg_pool2d` here)."
+    "Mean over k×k windows, borders reflected (sums of shifted rows, then of columns)."
     h, w = x.shape[2:]
     p = F.pad(x, (k//2,)*4, mode='reflect')
     rows = sum(p[:, :, i:i + h] for i in range(k))
@@ -184,7 +186,7 @@ def candidates(
     found = torch.cat(found)
     return (found.sort(1).values if inside else found).unique(dim=0)
 
-# %% ../nbs/01b_leakage.ipynb #59b46d95
+# %% ../nbs/01b_leakage.ipynb #d704012c
 def details(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     "`detail` of the images at these positions, worked out once for each."
     each, where = index.unique(return_inverse=True)
@@ -198,7 +200,7 @@ def near_pairs(
     least: float = .7,  # coarse cosine below which nothing is looked at
     shift: int | None = None,  # pixels; None = a sixteenth of the side, at least 1
     budget: float = 64.,  # MB for a block of similarities
-    chunk: int = 128,  # pairs compared at a time: what fits the processor's cache is three times as fast as 1024
+    chunk: int = 128,  # pairs compared at a time: few enough to fit the processor's cache
 ) -> Pairs:
     "Pairs of images whose fine detail correlates; equal images are among them unless they are flat."
     check_images(a, *([] if b is None else [b]))
@@ -358,7 +360,7 @@ def deduplicate(
     report = dict(how=how, threshold=t, rows=audit_rows(found, parts), removed=gone, digests={m: [parts[m].digest, s.digest] for m, s in new.items()})
     return {m: replace(s, cut=cut) for m, s in new.items()}, report
 
-# %% ../nbs/01b_leakage.ipynb #1ce4f1ad
+# %% ../nbs/01b_leakage.ipynb #0fc24a44
 CURVE = (.6, .65, .7, .75, .8, .85, .9, .95, .97, .98, .99, .995)  # thresholds reported
 
 def best_each(p: Pairs, name: str) -> Pairs:
@@ -384,41 +386,63 @@ def counts(p: Pairs, name: str, t: float) -> dict:
     return dict(images=curve(p, CURVE, name), pairs=[len(p.above(u)) for u in CURVE], at_threshold=len(q.of(name)),
                 exact=len(p.take(p.exact).of(name)), labels_differ=int((~q.same).sum()))
 
+def pair_table(
+    p: Pairs,  # of train with test, or inside train
+    x: Split,  # the train
+) -> pa.Table:  # columns train (the image that would leave), and the one it pairs with: test, or kept (of train); score, exact, same
+    "Pairs as a table that `SplitsConfig(drop=...)` reads; it carries a digest of train's labels, which says whose positions these are."
+    first, second = (p.b, p.a) if p.names[0] == p.names[1] else (p.a, p.b)
+    t = pa.table({'train': first.numpy(), 'kept' if p.names[0] == p.names[1] else 'test': second.numpy(),
+                  'score': p.score.numpy(), 'exact': p.exact.numpy(), 'same': p.same.numpy()})
+    return t.replace_schema_metadata(dict(audit=json.dumps(dict(name=x.name, n=len(x), labels=digest(x.labels)))))
+
+def timed(f, *a, **k) -> tuple:  # (what f gives, seconds)
+    "What a function gives, and the processor time it took."
+    start = time.process_time()
+    return f(*a, **k), time.process_time() - start
+
+def audit_pictures(file: str, p: Pairs, q: Pairs | None, x: Split, xt: Split, t: float, lower: float | None, n: int):
+    "Pictures of an audit: pairs at random above the threshold, around it, around a lower one, and inside train."
+    one = best_each(p, 'test')
+    shown = dict(some=some_pairs(one.above(t), n), near=near_threshold(one, t, n), **({'lower': near_threshold(one, lower, n)} if lower else {}))
+    for k, some in shown.items(): save_pairs(f'{file}-{k}.png', some, x, xt, n)
+    if q is not None: save_pairs(f'{file}-inside.png', some_pairs(best_each(q, 'train').above(t), n), x, x, n)
+
 def audit_dataset(
     dataset: str,  # as in SplitsConfig
     out,  # folder for the files
     threshold: float | None = None,  # None = by data set
-    lowest: float = .6,  # test pairs down to this score are kept
+    lowest: float = .6,  # pairs down to this score are kept
+    lower: float | None = None,  # one more threshold around which pairs are pictured
     n: int = 40,  # pairs in each picture
     inside: bool = False,  # also search train in itself: several times as long as the rest
     **more,  # passed to `near_pairs`
-) -> dict:  # the summary, also in {dataset}.json
-    "Audit the published train and test of a data set; writes {dataset}.json, {dataset}.parquet and two pictures."
+) -> dict:  # the summary, also in {name}.json
+    "Audit the published train and test of a data set; writes {name}.json, {name}.parquet (of train in itself {name}-inside.parquet) and pictures."
     import resource
-    (x, xt), file = published(dataset), f'{Path(out)/Path(dataset).name}'
-    t, clock = threshold_for(x) if threshold is None else threshold, [time.process_time()]
-    p = duplicates(x, xt, threshold=lowest, **more)
-    clock.append(time.process_time())
-    q = duplicates(x, threshold=max(lowest, CURVE[0]), **more) if inside else None
-    clock.append(time.process_time())
-    save_table(f'{file}.parquet', dict(train=p.a.tolist(), test=p.b.tolist(), score=p.score.tolist(), exact=p.exact.tolist(), same=p.same.tolist()))
-    one = best_each(p, 'test')
-    for k, shown in dict(some=some_pairs(one.above(t), n), near=near_threshold(one, t, n)).items(): save_pairs(f'{file}-{k}.png', shown, x, xt, n)
+    x, xt = published(dataset)
+    name, t = x.name.split('/')[0], threshold_for(x) if threshold is None else threshold
+    (p, seconds), file = timed(duplicates, x, xt, threshold=lowest, **more), f'{Path(out)/name}'
+    q, longer = timed(duplicates, x, threshold=lowest, **more) if inside else (None, 0.)
+    for end, pairs in {'': p, '-inside': q}.items():
+        if pairs is not None: save_table(f'{file}{end}.parquet', pair_table(pairs, x))
+    audit_pictures(file, p, q, x, xt, t, lower, n)
     found = {c: [float((s >= u).float().mean()) for u in CURVE] for c, s in planted(x.images, 200, **more).items()}
-    result = dict(dataset=Path(dataset).name, n_train=len(x), n_test=len(xt), digests=[x.digest, xt.digest],
+    result = dict(dataset=name, n_train=len(x), n_test=len(xt), digests=[x.digest, xt.digest],
                   threshold=t, thresholds=list(CURVE), lowest=lowest, settings=more,
-                  test=counts(p, 'test', t), train=counts(q, 'train', t) if q is not None else None, found=found,
-                  seconds=dict(test=clock[1] - clock[0], train=clock[2] - clock[1]), threads=torch.get_num_threads(),
+                  test=counts(p, 'test', t), train=None if q is None else counts(q, 'train', t), found=found,
+                  seconds=dict(test=seconds, train=longer), threads=torch.get_num_threads(),
                   peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
     save_json(f'{file}.json', result)
     return result
 
 def published(dataset: str, download: bool = True) -> tuple:
     "A data set's own train and test as Splits, uncut; an error if it has no test of its own."
-    data = load_data(SplitsConfig(dataset=dataset, download=download))
+    cfg = SplitsConfig(dataset=dataset, download=download)
+    data, name = load_data(cfg), name_of_set(cfg)
     if 'test' not in data: raise SettingError(f'{dataset} has no test split of its own: cut it and use `audit`')
     t = {k: (torch.from_numpy(np.array(data[k][0])), torch.from_numpy(data[k][1].astype(np.int64))) for k in ('train', 'test')}
-    return tuple(Split(f'{Path(dataset).name}/{k}', *v, data['classes'], digest(*v), '') for k, v in t.items())
+    return tuple(Split(f'{name}/{k}', *v, data['classes'], digest(*v), '') for k, v in t.items())
 
 def save_pairs(path, p: Pairs, a, b, n: int):
     "The picture of `show_pairs` as a small PNG file (128 colours)."

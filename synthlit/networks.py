@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'Net', 'Mean', 'size_of', 'conv', 'OptionA', 'Block', 'he_normal', 'cifar_resnet', 'projection',
-           'resnet18', 'summary', 'small', 'pooled', 'fast', 'build_net', 'timm_net', 'own_net', 'Tapped',
-           'with_features']
+           'resnet18', 'summary', 'small', 'pooled', 'fast', 'build_net', 'timm_with', 'timm_net', 'own_maker',
+           'own_net', 'check_net', 'Tapped', 'with_features']
 
 # %% ../nbs/00e_networks.ipynb #50e02c10
 import importlib, re
@@ -102,7 +102,7 @@ def summary(
     for name, kind, shape, n in rows: print(f'{name:{wide}}  {kind:14}{"×".join(map(str, shape)):16}{n:>12,}')
     return rows
 
-# %% ../nbs/00e_networks.ipynb #9c47a60c
+# %% ../nbs/00e_networks.ipynb #50dcf679
 def small(channels: int, classes: int, width: int = 16) -> Net:
     "A proxy for cheap decisions: w/2 channels, pooled at once, then w, 2w and one residual block; 2·width features."
     return Net(nn.Sequential(conv(channels, width//2), nn.MaxPool2d(2), conv(width//2, width), conv(width, 2*width, 2),
@@ -113,11 +113,11 @@ def pooled(i: int, o: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(o), nn.ReLU())
 
 def fast(channels: int, classes: int, width: int = 32) -> Net:
-    "Best accuracy per second here: w, 2w, 4w channels, each halved at once, a residual block on the last two sizes; 4·width features."
+    "Made for accuracy per second: w, 2w, 4w channels, each halved at once, a residual block on the last two sizes; 4·width features."
     layers = [pooled(channels, width), pooled(width, 2*width), Block(2*width, 2*width), pooled(2*width, 4*width), Block(4*width, 4*width)]
     return he_normal(Net(nn.Sequential(*layers, Mean()), 4*width, classes))
 
-# %% ../nbs/00e_networks.ipynb #600dd668
+# %% ../nbs/00e_networks.ipynb #1930babc
 NETWORKS = dict(small=small, fast=fast, resnet18=resnet18)
 
 def build_net(name: str, channels: int, classes: int, width: int | None = None) -> nn.Module:
@@ -130,21 +130,35 @@ def build_net(name: str, channels: int, classes: int, width: int | None = None) 
     raise SettingError(f'unknown network {name!r}; '
                        f'{nearest(name, [*NETWORKS, *(f"resnet{d}" for d in (14, 20, 32, 44, 56)), "timm:<name>", "package.module:Class"])}')
 
-def timm_net(name: str, channels: int, classes: int) -> Net:
-    "A network of timm, untrained, its head replaced by ours."
+def timm_with(name: str):
+    "The module timm, if it is there and has a network of this name."
     try: import timm
     except ImportError as e: raise SettingError(f'network timm:{name} needs timm: pip install synthlit[zoo]') from e
     if name not in timm.list_models(): raise SettingError(f'timm has no network {name!r}; {nearest(name, timm.list_models())}')
-    body = timm.create_model(name, in_chans=channels, num_classes=0)
+    return timm
+
+def timm_net(name: str, channels: int, classes: int) -> Net:
+    "A network of timm, untrained, its head replaced by ours."
+    body = timm_with(name).create_model(name, in_chans=channels, num_classes=0)
     return Net(body, body.num_features, classes)
+
+def own_maker(name: str):
+    "The user's class or function, by import path."
+    module, attr = name.split(':', 1)
+    try: return getattr(importlib.import_module(module), attr)
+    except (ImportError, AttributeError) as e: raise SettingError(f'network {name!r} cannot be imported ({e}): is its folder on PYTHONPATH?') from e
 
 def own_net(name: str, channels: int, classes: int) -> nn.Module:
     "A module of the user's, by import path."
-    module, attr = name.split(':', 1)
-    try: make = getattr(importlib.import_module(module), attr)
-    except (ImportError, AttributeError) as e: raise SettingError(f'network {name!r} cannot be imported: {e}') from e
-    net = make(channels, classes)
+    net = own_maker(name)(channels, classes)
     return net if hasattr(net, 'features') else with_features(net)
+
+def check_net(name: str, width: int | None = None):
+    "`SettingError` for a network that cannot be made; nothing of size is made to find out."
+    if name.startswith('timm:'): timm_with(name[5:])
+    elif ':' in name: own_maker(name)
+    else:
+        with torch.device('meta'): build_net(name, 1, 2, width)
 
 class Tapped(nn.Module):
     "A module whose features are the input of its last linear layer."

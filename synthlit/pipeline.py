@@ -780,7 +780,7 @@ def cmd_predict(a):
     print(f'# classifier: {path}', file=sys.stderr)
     for image in a.images:
         if not Path(image).is_file(): raise DataError(f'{image}: there is no such file')
-        try: im = Image.open(image)
+        try: (im := Image.open(image)).load()  # opening reads the header only
         except Exception as e: raise DataError(f'{image} cannot be read as an image: {e}') from e
         mode, size = 'L' if c.shape[0] == 1 else 'RGB', c.shape[:0:-1]
         if (im.mode, im.size) != (mode, size):

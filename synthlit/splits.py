@@ -20,7 +20,7 @@ from .core import (DamagedFile, SettingError, Stage, digest, file_digest, load_j
                            said, save_json, save_table, save_tensors, show_grid, take_lock)
 from .data import PARTS, SETS, DataError, decode_all, encode, load_arrays, open_set, parquet_cells, safe_name, split_subset, stand_in
 
-# %% ../nbs/01_splits.ipynb #ada35217
+# %% ../nbs/01_splits.ipynb #f795f84f
 @dataclass
 class SplitsConfig:
     "Settings of the splits stage."
@@ -32,7 +32,7 @@ class SplitsConfig:
     val: Annotated[float | None, (0.01, 0.5)] = None  # share of the training images for val; None = the data set's own val, else as many as test has
     test: Annotated[float | None, (0.05, 0.5)] = None  # share for test; None = the data set's own test, else 0.2
     per_class: Annotated[int | None, (2, None)] = None  # keep only this many training images of each class
-    drop: str = ''  # Parquet file of an audit (chapter 01b): training images that it found again in test are left out
+    drop: str = ''  # Parquet file of an audit (chapter 01b): training images that it found again, in test or in train, are left out
     drop_above: Annotated[float, (0, 1)] = 0.0  # only those found with at least this score
     fewshot: Literal['disjoint', 'published'] = 'disjoint'  # protocol: supports, valid and test apart; or arXiv 2203.16662 (supports inside valid)
     novel: Annotated[int, (1, None)] = 3  # classes kept apart as novel for few-shot work
@@ -68,20 +68,31 @@ SPLITS_PRESETS = dict(
     cifar100_fewshot=dict(dataset='cifar100', fewshot='published', novel=20, k=50),  # how many are novel there is not published: 20 is ours
 )
 
-# %% ../nbs/01_splits.ipynb #61c89a50
+# %% ../nbs/01_splits.ipynb #658b4888
 def load_data(cfg: SplitsConfig) -> dict:
     "Arrays of the data set, train and perhaps val and test, with its class names (or stand-ins of its shape)."
     if cfg.smoke: return stand_in(cfg.dataset, cfg.smoke, cfg.seed, cfg.size)
-    data, out = load_arrays(cfg.dataset, cfg.root, cfg.download, cfg.size, cfg.fit), left_out(cfg)
+    data = load_arrays(cfg.dataset, cfg.root, cfg.download, cfg.size, cfg.fit)
+    out = left_out(cfg, len(data['train'][1]), data['train'][1])
     return data | dict(train=tuple(np.delete(a, out, 0) for a in data['train'])) if len(out) else data
 
-def left_out(cfg: SplitsConfig) -> np.ndarray:
-    "Positions in the data set's train that an audit found again in its test."
+def left_out(
+    cfg: SplitsConfig,
+    n: int,  # images in the data set's train
+    labels: np.ndarray | None = None,  # of train, where they are known: they must be those that were audited
+) -> np.ndarray:  # sorted positions
+    "Positions in the data set's train that an audit found again (in its test, or earlier in train)."
     if not cfg.drop: return np.empty(0, np.int64)
     path = Path(cfg.drop).expanduser()
     if not path.is_file(): raise DataError(f'splits.drop = {cfg.drop!r}: there is no such file; `synthlit.leakage.audit_dataset` makes one')
-    t = load_table(path, ['train', 'score'])
-    return np.unique(t['train'].to_numpy()[t['score'].to_numpy() >= cfg.drop_above])
+    t = load_table(path)
+    if not {'train', 'score'} <= {*t.column_names}:
+        raise DataError(f'{path} has columns {t.column_names}; splits.drop needs train and score, as `synthlit.leakage.audit_dataset` writes them')
+    out = np.unique(t['train'].to_numpy()[t['score'].to_numpy() >= cfg.drop_above])
+    of = json.loads((t.schema.metadata or {}).get(b'audit', b'{}')).get('labels')
+    if out.max(initial=0) >= n or out.min(initial=0) < 0 or (labels is not None and of and of != digest(torch.from_numpy(labels.astype(np.int64)))):
+        raise DataError(f'{path} was made from another data set than {cfg.dataset}, or from a copy in another order: audit this one')
+    return out
 
 # %% ../nbs/01_splits.ipynb #03454660
 def stratified(
@@ -349,7 +360,7 @@ def import_split(path) -> dict:  # part -> Split
     meta = load_json(path)
     return {part: import_part(Path(path).parent/row['file'], row, meta) for part, row in meta['parts'].items()}
 
-# %% ../nbs/01_splits.ipynb #745438b7
+# %% ../nbs/01_splits.ipynb #4258a147
 def known_labels(cfg: SplitsConfig) -> tuple:
     "(labels by part, number of classes, stored shape, n_val) of a data set, without its images; named sets are taken as balanced and not opened."
     if cfg.dataset in SETS and not cfg.smoke:
@@ -377,7 +388,7 @@ def labels_at(dataset: str, when: tuple) -> tuple:
 def data_facts(cfg: SplitsConfig) -> dict:
     "Sizes of the parts that a splits stage will make, without decoding images: n_train, n_val, n_test, smallest class, classes, shape."
     given, classes, stored, n_val = known_labels(cfg)
-    given = {**given, 'train': np.delete(given['train'], left_out(cfg))} if cfg.drop and not cfg.smoke else given
+    given = {**given, 'train': np.delete(given['train'], left_out(cfg, len(given['train'])))} if cfg.drop and not cfg.smoke else given
     ys = {p: np.concatenate([given[q] for q in parts]) for p, parts in sources(given, cfg).items()}
     if cfg.novel >= classes or cfg.fewshot != 'published': most = None
     else: most = int(.8*min(np.bincount(ys['train'], minlength=classes)))
@@ -389,14 +400,15 @@ def data_facts(cfg: SplitsConfig) -> dict:
     return dict({f'n_{k}': len(i) for k, (_, i) in rows.items()}, smallest=int(train.min()), supports=most or int(train.min()), classes=classes,
                 shape=tuple(shape), stored=tuple(stored[1:]), own_test='test' in given, novel=cfg.novel)
 
-# %% ../nbs/01_splits.ipynb #86876872
+# %% ../nbs/01_splits.ipynb #09c6afab
 def work_splits(cfg: SplitsConfig, facts: dict) -> dict:
     "Rough work of the stage: bytes written."
     return dict(disk=(facts['n_train'] + facts['n_val'] + facts['n_test'])*int(np.prod(facts['shape'])))
 
 def recipe_of(cfg: SplitsConfig) -> dict:
-    "The settings that decide the images, without where they were found."
-    return {**{k: v for k, v in asdict(cfg).items() if k not in ('root', 'download')}, 'dataset': name_of(cfg)}
+    "The settings that decide the images, without where they were found; of an audit's file its sha256."
+    drop = file_digest(Path(cfg.drop).expanduser()) if cfg.drop and not cfg.smoke else ''
+    return {**{k: v for k, v in asdict(cfg).items() if k not in ('root', 'download')}, 'dataset': name_of(cfg), 'drop': drop}
 
 def shared_images(a: Split, b: Split) -> int:
     "How many images of b are also in a, byte by byte."

@@ -1,19 +1,22 @@
 """Training a classifier: resumed in the middle of an epoch, streamed, shared among cores and processes; optimisers and augmentation beside their references."""
 
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from synthlit.augment import Augment, augment_batch, shift_flip
+from synthlit.augment import Augment, affine, augment_batch, crop_box, shift_flip
 from synthlit.classifier import (
     CLASSIFIER_PRESETS,
     CPU,
@@ -27,7 +30,7 @@ from synthlit.classifier import (
     update,
 )
 from synthlit.core import Checkpoints, SettingError, load_tensors, resolve, rng, save_table
-from synthlit.data import encode
+from synthlit.data import DataError, encode, load_arrays, subsets
 from synthlit.networks import NETWORKS, build_net, cifar_resnet, size_of
 from synthlit.splits import SplitsConfig, cut_data, load_data
 from synthlit.stream import stream
@@ -198,6 +201,54 @@ def test_streamed_training_is_killed_and_resumed(kind, digits, tmp_path):
         assert equal(whole, train_classifier(Fixed(torch.from_numpy(x[order]), torch.from_numpy(y[order])), r, classes, 12))
 
 
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_a_subset_of_imagenet_is_streamed(kind, tmp_path):
+    x = rng(0, "x").integers(0, 256, (48, 3, 8, 8), dtype=np.uint8)
+    names = sorted([*(r["wnid"] for r in subsets()["imagewoof"]["classes"]), "n00000000", "n99999999"])
+    if kind == "files":
+        for i, a in enumerate(x):
+            p = tmp_path / "imagenet" / names[i % 12] / f"{i:03d}.png"
+            p.parent.mkdir(parents=True, exist_ok=True)
+            p.write_bytes(encode(a))
+    else:
+        info = {"huggingface": json.dumps(dict(info=dict(features=dict(label=dict(names=names)))))}
+        for s in range(2):
+            cells, label = [dict(bytes=encode(a), path=None) for a in x[s * 24 : s * 24 + 24]], [i % 12 for i in range(24)]
+            save_table(tmp_path / "imagenet" / f"train-{s}.parquet", pa.table(dict(image=cells, label=label)).replace_schema_metadata(info))
+    want = load_arrays(f"{tmp_path}/imagenet:imagewoof")
+    source, classes = stream(f"{tmp_path}/imagenet:imagewoof", workers=0)
+    (images, labels), *_ = source.batches(np.arange(40), 40)
+    assert classes == want["classes"] and len(source) == 40 == len(want["train"][1])
+    assert np.array_equal(images.numpy(), want["train"][0]) and np.array_equal(labels.numpy(), want["train"][1])
+
+
+def test_streams_name_what_is_wrong(tmp_path, capsys):
+    x = rng(0, "x").integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
+    for i, a in enumerate(x):
+        p = tmp_path / "mine" / "ab"[i % 2] / f"{i}.png"
+        p.parent.mkdir(parents=True, exist_ok=True)
+        p.write_bytes(encode(a[:1] if i == 3 else a))
+    everything = lambda **how: list(stream(tmp_path / "mine", **how)[0].batches(np.arange(6), 6))
+    assert everything(workers=0)[0][0].shape == (6, 3, 8, 8) and not capsys.readouterr().out
+    with pytest.raises(DataError, match="a/0.png has colour"):
+        everything(workers=0, channels=1)
+    (tmp_path / "mine" / "b" / "5.png").write_bytes(encode(x[0][:, :7]))
+    for workers in (0, 1):
+        with pytest.raises(DataError, match="b/5.png has 8×7 pixels, the first image 8×8"):
+            everything(workers=workers)
+    assert everything(workers=0, size=8)[0][0].shape == (6, 3, 8, 8)
+    (tmp_path / "mine" / "b" / "5.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="b/5.png cannot be read as an image"):
+        everything(workers=0)
+    np.savez(tmp_path / "all.npz", train_images=x[:, 0], train_labels=[0, 1] * 3)
+    with pytest.raises(DataError, match="all.npz is no folder of images or shards"):
+        stream(tmp_path / "all.npz")
+    for p in (tmp_path / "mine").glob("*/*.png"):
+        p.write_bytes(encode(x[0][:1]))
+    stream(tmp_path / "mine", workers=0)
+    assert capsys.readouterr().out.count("grey images are made RGB") == 1
+
+
 SCRIPT = """
 import sys, torch
 from synthlit.classifier import *
@@ -282,6 +333,69 @@ def test_nan_stops_before_anything_is_saved(digits, tmp_path):
         train_classifier(Fixed(train.images, train.labels), r, train.classes, 400, checkpoints=Checkpoints(tmp_path), every=5)
     for p in Checkpoints(tmp_path).paths():
         assert all(torch.isfinite(v).all() for v in load_tensors(p)[0].values() if v.is_floating_point())
+
+
+class Turns(nn.Module):
+    """A network whose answer to the seventh batch is not a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.n = nn.Linear(64, 10), 0
+
+    def forward(self, x):
+        self.n += self.training
+        return self.head(x.flatten(1)) * (float("nan") if self.training and self.n == 7 else 1)
+
+
+@pytest.mark.parametrize("every,kept", [(5, "the checkpoint of step 5 is kept"), (50, "no checkpoint was written before")])
+def test_the_first_bad_step_is_named(digits, tmp_path, every, kept):
+    train, ck = digits["train"], Checkpoints(tmp_path)
+    with pytest.raises(FloatingPointError, match=f"the loss is no number any more at step 7; {kept}"):
+        train_classifier(
+            Fixed(train.images, train.labels), resolve(ClassifierConfig, QUICK), train.classes, 60, checkpoints=ck, every=every, net=Turns()
+        )
+    assert all(torch.isfinite(v).all() for p in ck.paths() for v in load_tensors(p)[0].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "name,words", [("fst", "did you mean 'fast'"), ("resnet21", "depth 6n"), ("nowhere.at:all", "PYTHONPATH"), ("torch.nn:Nothing", "PYTHONPATH")]
+)
+def test_networks_are_refused_before_anything_runs(name, words):
+    from synthlit.pipeline import plan, preflight, read_params
+
+    with pytest.raises(SettingError, match=words):
+        preflight(plan(read_params(dict(stages=dict(splits={}, classifier=dict(network=name))))))
+
+
+def test_random_resized_crops_keep_their_share():
+    """Area and ratio stay in range, no side is longer than the image, and a least share of 1 is no crop (as in torchvision)."""
+    for area in (0.08, 0.5, 0.9, 1.0):
+        h, w, y, x = crop_box(5000, area, rng(0, "box"))
+        assert (h * w).min() >= area - 1e-5 and max(h.max(), w.max()) <= 1 + 1e-6 and 3 / 4 - 1e-5 <= (w / h).min() and (w / h).max() <= 4 / 3 + 1e-5
+        assert ((y.abs() + h).max(), (x.abs() + w).max()) <= (1 + 1e-5, 1 + 1e-5)
+    f = torch.rand(4, 3, 8, 8)
+    assert torch.allclose(affine(f, 0, 0, 1.0, rng(0, "a")), f, atol=1e-5)
+
+
+GAFI = """dataset image_size categorical val_categorical normalize dequantize resize padding horizontal_flip merge_train_val drop_remainder
+optimizer lr momentum nesterov weight_decay batch_size val_batch_size epochs name width random_flip random_crop random_rotation random_zoom random_erasing
+seed save_path extra_name mixed_precision CLS_PRE"""
+REALFAKE = """dataset imagenet_path comb_dataset use_caption guidance_scale decay_milestones model num-classes batch-size opt momentum weight-decay sched lr
+decay-rate epochs amp workers smoothing warmup-epochs warmup-lr hflip color-jitter scale aa mixup cutmix model-ema resume"""
+FEWSHOT = "dataset name input_size seed train_percentage clf_transform_kwargs n_channels epochs batch_size optim lr beta1 beta2 weight_decay"
+
+
+@pytest.mark.parametrize("system,keys", [("GaFi", GAFI), ("Real-Fake", REALFAKE), ("few-shot", FEWSHOT)])
+def test_published_keys_are_in_the_chapter(system, keys):
+    """Each key of the published classifiers stands in the left column, and each of our names in the right column exists."""
+    cells = json.loads((TOP / "nbs" / "02_classifier.ipynb").read_text())["cells"]
+    lines = [line for c in cells for line in "".join(c["source"]).splitlines() if line.startswith(f"| {system}")]
+    rows = [[re.findall(r"`([^`]+)`", column) for column in line.split("|")[1:3]] for line in lines]
+    there = {k for left, _ in rows for k in left}
+    assert not set(keys.split()) - there
+    ours = {f.name for f in fields(ClassifierConfig)} | {f"splits.{f.name}" for f in fields(SplitsConfig)}
+    named = {n for _, right in rows for n in right if re.fullmatch(r"(splits\.)?[a-z_]+", n)}
+    assert named - ours <= {"inputs", "workers", "timm", "gafi", "published", "bf16"} and len(named & ours) > 5
 
 
 def test_average_and_best_are_kept(digits):

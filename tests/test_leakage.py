@@ -1,6 +1,7 @@
 """The leakage audit beside its definitions, and what it must find, keep and refuse."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from synthlit.core import SettingError, load_json, load_table
+from synthlit.core import SettingError, load_json, load_table, save_table
 from synthlit.leakage import (
     CHANGES,
     audit,
@@ -23,7 +24,7 @@ from synthlit.leakage import (
     planted,
     without,
 )
-from synthlit.splits import DataError, Split
+from synthlit.splits import DataError, Split, SplitsConfig, cut_data, data_facts, load_data, recipe_of
 
 
 def pictures(n, seed=0, side=32, channels=3):
@@ -136,6 +137,50 @@ def test_bad_input_is_refused():
     assert len(near_pairs(x[:0], x)) == len(duplicates(x, x[:0])) == len(near_pairs(x[:1])) == 0
 
 
+def npz(path, train, test, turned=False):
+    x, y = (torch.cat([train, test]).permute(0, 2, 3, 1).numpy(), np.arange(len(train) + len(test)) % 3)
+    order = np.arange(len(train))[:: -1 if turned else 1]
+    np.savez(path, train_images=x[order], train_labels=y[order], test_images=x[len(train) :], test_labels=y[len(train) :])
+
+
+def test_an_audit_makes_a_new_cut(tmp_path):
+    """Found in test, or earlier in train: what is named in the file leaves train, by position, and test stays."""
+    x = pictures(90)
+    train = torch.cat([x[:70], CHANGES["mirrored"](x[3:5]), x[9:10]])  # 70 to 72 repeat 3, 4 and 9
+    npz(tmp_path / "mine.npz", train, torch.cat([x[70:], CHANGES["brighter"](x[20:23])]))
+    audit_dataset(str(tmp_path / "mine.npz"), tmp_path, inside=True)
+    plain = SplitsConfig(str(tmp_path / "mine.npz"), val=0.2, novel=1, k=2)
+    whole = load_data(plain)["train"][0]
+    again, inside = (replace(plain, drop=str(tmp_path / f"mine{end}.parquet"), drop_above=0.8) for end in ("", "-inside"))
+    for cfg, gone in ((again, [20, 21, 22]), (inside, [70, 71, 72])):
+        data = load_data(cfg)
+        assert np.array_equal(data["train"][0], np.delete(whole, gone, 0)) and len(data["train"][1]) == 70
+        old, new, facts = cut_data(load_data(plain), plain), cut_data(data, cfg), data_facts(cfg)
+        assert new["test"].digest == old["test"].digest and new["test"].cut != old["test"].cut
+        assert [facts[f"n_{p}"] for p in ("train", "val", "test")] == [len(s) for s in new.values()]
+        assert len(recipe_of(cfg)["drop"]) == 64  # of the file, not where it lay
+    pairs = load_table(tmp_path / "mine-inside.parquet").to_pylist()
+    assert sorted((r["kept"], r["train"], r["exact"]) for r in pairs if r["score"] >= 0.8) == [(3, 70, False), (4, 71, False), (9, 72, True)]
+
+
+def test_an_audit_of_something_else_is_refused(tmp_path):
+    x = pictures(60)
+    for name, images, turned in (("mine", x, False), ("turned", x, True), ("short", x[30:], False)):
+        npz(tmp_path / f"{name}.npz", images[:-20], images[-20:], turned)
+    npz(tmp_path / "mine.npz", x[:40], torch.cat([x[40:], x[30:40]]))
+    audit_dataset(str(tmp_path / "mine.npz"), tmp_path)
+    ask = lambda name, drop: load_data(SplitsConfig(str(tmp_path / f"{name}.npz"), drop=str(tmp_path / drop)))
+    assert len(ask("mine", "mine.parquet")["train"][1]) == 30
+    for name in ("turned", "short"):
+        with pytest.raises(DataError, match="mine.parquet was made from another data set than .*, or from a copy in another order"):
+            ask(name, "mine.parquet")
+    with pytest.raises(DataError, match="drop = .*nothing.parquet'.*audit_dataset"):
+        ask("mine", "nothing.parquet")
+    save_table(tmp_path / "other.parquet", dict(a=[1]))
+    with pytest.raises(DataError, match="splits.drop needs train and score"):
+        ask("mine", "other.parquet")
+
+
 def test_a_whole_data_set(tmp_path):
     x = pictures(60)
     for part, rows in dict(train=x[:45], test=torch.cat([x[45:], x[:3], CHANGES["noisy"](x[10:12])])).items():
@@ -149,7 +194,9 @@ def test_a_whole_data_set(tmp_path):
             pa.table(dict(image=cells, label=[i % 3 for i in range(len(rows))])), tmp_path / "mine" / f"{part}-0.parquet", write_page_checksum=True
         )
     audit_dataset(str(tmp_path / "mine"), tmp_path / "out", inside=True)
+    inside = load_table(tmp_path / "out" / "mine-inside.parquet")
+    assert inside.column_names == ["train", "kept", "score", "exact", "same"] and len(inside) == 0
     r, t = load_json(tmp_path / "out" / "mine.json"), load_table(tmp_path / "out" / "mine.parquet").to_pydict()
     assert (r["test"]["exact"], r["test"]["at_threshold"], r["train"]["at_threshold"]) == (3, 5, 0)
     assert sorted(zip(t["train"], t["test"])) == [(0, 15), (1, 16), (2, 17), (10, 18), (11, 19)]
-    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"mine-some.png", "mine-near.png"}
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"mine-some.png", "mine-near.png", "mine-inside.png"}
