@@ -18,8 +18,8 @@ from synthlit.gan.dcgan import (
     DCGANGenerator,
     VirtualBatchNorm,
     build_dcgan,
-    mixes_batch,
     first_map,
+    mixes_batch,
     norm_names,
     shapes,
 )
