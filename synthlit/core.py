@@ -491,13 +491,13 @@ def check_same_splits(inputs: dict):
             raise SettingError(f'contradicting splits: {" and ".join(map(str, by.values()))} saw {name} cut differently; '
                                'their images may overlap with val or test')
 
-# %% ../nbs/00a_core.ipynb #8d00a65c
+# %% ../nbs/00a_core.ipynb #77be9862
 class Stage:
     "An open stage: its folder, inputs, settings, history and progress. Made by `open_stage`."
     def __init__(self, stage, run, folder, cfg, inputs, identity, lock, machine):
         self.stage, self.run, self.dir, self.cfg, self.inputs, self.identity, self.lock, self.machine = (
             stage, run, folder, cfg, inputs, identity, lock, machine)
-        self.device, self.started, self.shown, self.saw, self.first = machine['device'], time.time(), 0., (), 0
+        self.device, self.started, self.cpu, self.shown, self.saw, self.first = machine['device'], time.time(), time.process_time(), 0., (), 0
         self.history, self.checkpoints = History(folder/'history.parquet'), Checkpoints(folder/'checkpoints')
     def input(self, kind: str) -> Path:
         "The one folder of this kind."
@@ -531,7 +531,7 @@ class Stage:
                  for p in sorted(self.dir.rglob('*')) if p.is_file() and is_artefact(p.relative_to(self.dir))}
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         manifest = dict(**self.identity, name=self.dir.name, artefacts=files, digest=digest(files), saw=list(self.saw), cuts=cuts, versions=versions,
-                        started=self.started, seconds=time.time() - self.started)
+                        started=self.started, seconds=time.time() - self.started, cpu_seconds=time.process_time() - self.cpu)
         save_json(self.dir/'manifest.json', manifest)
         if self.lock: self.lock.release(force=True)  # also when a cell that opened the stage was run twice
         return manifest
