@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GLOBAL_STATE', 'STAGES', 'PACKAGE', 'HOME', 'rng', 'randn', 'global_rng', 'SettingError', 'nearest', 'check_value',
            'check_range', 'resolve', 'said', 'preset_of', 'field_help', 'fsync', 'atomic', 'DamagedFile', 'digest',
-           'file_digest', 'save_json', 'load_json', 'save_tensors', 'load_tensors', 'save_table', 'load_table', 'pack',
-           'unpack', 'restore_optimizer', 'Checkpoints', 'pick_device', 'cores', 'time_step', 'probe', 'use_machine',
-           'History', 'TensorBoard', 'StageSpec', 'stage_parts', 'notebooks_dir', 'bare_tree', 'relative_imports',
-           'module_files', 'run_cells', 'code_digest', 'InUse', 'take_lock', 'move_aside', 'changes', 'read_manifest',
-           'name_in', 'stage_identity', 'continues', 'find_inputs', 'check_same_splits', 'Stage', 'is_artefact',
-           'side_by_side', 'Shared', 'run_machine', 'enter_folder', 'temporary_run', 'own_home', 'open_stage',
-           'small_stage', 'small_inputs', 'show_grid']
+           'file_digest', 'save_json', 'load_json', 'save_tensors', 'load_tensors', 'load_meta', 'save_table',
+           'load_table', 'pack', 'unpack', 'restore_optimizer', 'Checkpoints', 'pick_device', 'cores', 'time_step',
+           'probe', 'use_machine', 'History', 'TensorBoard', 'StageSpec', 'stage_parts', 'notebooks_dir', 'bare_tree',
+           'relative_imports', 'module_files', 'run_cells', 'code_digest', 'InUse', 'take_lock', 'move_aside',
+           'changes', 'read_manifest', 'name_in', 'stage_identity', 'continues', 'find_inputs', 'check_same_splits',
+           'Stage', 'is_artefact', 'side_by_side', 'Shared', 'run_machine', 'enter_folder', 'temporary_run', 'own_home',
+           'open_stage', 'small_stage', 'small_inputs', 'show_grid']
 
 # %% ../nbs/00a_core.ipynb #41306a5c
 import ast, atexit, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib, importlib.util, inspect, \
@@ -184,7 +184,7 @@ def load_json(path) -> dict:
     if obj.pop('sha256', None) != digest(obj): raise DamagedFile(f'{path} does not match its checksum: it was edited or damaged')
     return obj
 
-# %% ../nbs/00a_core.ipynb #77cbd1e2
+# %% ../nbs/00a_core.ipynb #061db686
 def save_tensors(path, tensors: dict, meta: dict | None = None):
     "Write named tensors and a JSON-like `meta` as safetensors, atomically; the checksum covers both."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -203,6 +203,13 @@ def load_tensors(path, device='cpu') -> tuple:
     good = digest(head['meta'], *[x for k in sorted(tensors) for x in (k, tensors[k])])
     if good != head['digest']: raise DamagedFile(f'{path} does not match its checksum: it is damaged')
     return {k: v.to(device) for k, v in tensors.items()}, head['meta']
+
+def load_meta(path) -> dict:
+    "The `meta` of a file that `save_tensors` wrote, without its tensors (and so without their check)."
+    try:
+        with safe_open(path, 'pt') as f: return json.loads(f.metadata()['synthlit'])['meta']
+    except FileNotFoundError: raise
+    except Exception as e: raise DamagedFile(f'{path} cannot be read as one of our safetensors files: {e}') from e
 
 # %% ../nbs/00a_core.ipynb #8021c065
 def save_table(path, rows):

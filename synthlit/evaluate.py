@@ -144,7 +144,7 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
         r['val'] = r['model'].accuracy(val)
     return rows
 
-# %% ../nbs/08a_evaluate.ipynb #5ba24cec
+# %% ../nbs/08a_evaluate.ipynb #d257af12
 def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     runs = 3*len(cfg.seeds) - 1 + 2*facts['generators']*min(cfg.row_seeds, len(cfg.seeds))
@@ -162,7 +162,7 @@ def run_evaluate(stage: Stage) -> dict:
     save_table(stage.dir/'scores.parquet', rows)
     searched = [f for k in ('accepted', 'mixture') for f in stage.inputs.get(k, [])]
     result = dict(table=summary(rows), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched],
-                  n_test=len(test), cut=test.cut, recipe=vars(classifier.recipe), features='real classifier')
+                  n_test=len(test), cut=test.cut, test_digest=test.digest, recipe=vars(classifier.recipe), features='real classifier')
     stage.finish(result)
     return result
 

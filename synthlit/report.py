@@ -575,7 +575,7 @@ def splits_section(v: RunView):
                 el('details', el('summary', 'Training images per class'), bars(rows), open='' if len(rows) <= 20 else None)]
     return out or missing('splits')
 
-# %% ../nbs/08c_report.ipynb #d85d47d9
+# %% ../nbs/08c_report.ipynb #b3e80f3b
 def optimism_part(e: Folder) -> list:
     "What choosing on test would have claimed, for every search of the run."
     if not e.result.get('optimism'): return [missing('a search, so no selection optimism')]
@@ -586,11 +586,11 @@ def optimism_part(e: Folder) -> list:
                     'what choosing on test, as published systems did, would have claimed. It cannot be negative.'),
             table(['search', 'trials', 'best by val', 'best by test', 'optimism'], rows)]
 
-def openings_part(cut: str) -> list:
-    "Who opened the sealed test split of a cut, why and when."
-    rows = openings(cut)
-    if not rows: return [el('p', f'This machine\'s ledger has no opening of the test split of cut {cut[:12]}.')]
-    return [el('p', f'The test split of cut {cut[:12]} has been opened {len(rows)} time{"s" * (len(rows) > 1)} on this machine, '
+def openings_part(test: str) -> list:
+    "Who opened the sealed test split of this digest, why and when."
+    rows = openings(test)
+    if not rows: return [el('p', f'This machine\'s ledger has no opening of the test split {test[:12]}.')]
+    return [el('p', f'The test split {test[:12]} has been opened {len(rows)} time{"s" * (len(rows) > 1)} on this machine, '
                     'by all runs together; the same work repeated counts once. The more often, the less a small improvement means.'),
             table(['who', 'why', 'when'], [[r['who'], r['why'], r['when']] for r in rows], kind='text')]
 
@@ -605,7 +605,7 @@ def leak_part(v: RunView) -> Html | None:
 
 def honesty_section(v: RunView):
     "Optimism, openings, contamination, machine, seeds."
-    out = [optimism_part(e) for e in v.of('scores')] + [openings_part(f.result['cut']) for f in v.of('splits')] + [leak_part(v)]
+    out = [optimism_part(e) for e in v.of('scores')] + [openings_part(f.result['digests']['test']) for f in v.of('splits')] + [leak_part(v)]
     seeds = {f.name: f.settings.get('seeds', f.settings.get('seed')) for f in v.folders if f.manifest}
     m = load_json(v.run/'run.json')['machine'] if (v.run/'run.json').exists() else {}
     return [out, el('p', 'Machine: ', ', '.join(f'{k.replace("_", " ")} {x}' for k, x in m.items()) or 'not recorded',

@@ -10,14 +10,14 @@ __all__ = ['SPLITS_PRESETS', 'SplitsConfig', 'load_data', 'left_out', 'stratifie
            'known_labels', 'changed', 'labels_at', 'data_facts', 'work_splits', 'recipe_of', 'shared_images',
            'run_splits', 'show_parts']
 
-# %% ../nbs/01_splits.ipynb #bd25f1ef
+# %% ../nbs/01_splits.ipynb #2dc815e9
 import functools, json, os, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, pyarrow as pa, torch
-from .core import (DamagedFile, SettingError, Stage, digest, file_digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, rng,
-                           said, save_json, save_table, save_tensors, show_grid, take_lock)
+from .core import (DamagedFile, SettingError, Stage, digest, file_digest, load_json, load_meta, load_table, load_tensors, open_stage, preset_of,
+                           resolve, rng, said, save_json, save_table, save_tensors, show_grid, take_lock)
 from .data import PARTS, SETS, DataError, decode_all, encode, load_arrays, open_set, parquet_cells, safe_name, split_subset, stand_in
 
 # %% ../nbs/01_splits.ipynb #f795f84f
@@ -266,7 +266,7 @@ def kshot(
     if short := [c for c in rows if len(rows[c]) < k]: raise SettingError(f'k = {k}: class {short[0]} has only {len(rows[short[0]])} images')
     return np.concatenate([r[rng(seed, 'splits.kshot', c).permutation(len(r))[:k]] for c, r in rows.items()])
 
-# %% ../nbs/01_splits.ipynb #ea842aa4
+# %% ../nbs/01_splits.ipynb #83af2eb2
 def save_split(folder, part: str, s: Split):
     "Write one part."
     save_tensors(Path(folder)/f'{part}.safetensors', dict(images=s.images, labels=s.labels),
@@ -283,13 +283,13 @@ def read_part(folder, part: str) -> Split:
     t, m = load_tensors(Path(folder)/f'{part}.safetensors')
     return Split(m['name'], t['images'], t['labels'], m['classes'], m['digest'], m['cut'])
 
-def ledger_path(cut: str) -> Path:
-    "The ledger of a cut, in $SYNTHLIT_HOME (default ~/.synthlit)."
-    return Path(os.environ.get('SYNTHLIT_HOME', '~/.synthlit')).expanduser()/'ledger'/f'{cut[:16]}.json'
+def ledger_path(test: str) -> Path:
+    "The ledger of a test split, by its digest, in $SYNTHLIT_HOME (default ~/.synthlit)."
+    return Path(os.environ.get('SYNTHLIT_HOME', '~/.synthlit')).expanduser()/'ledger'/f'{test[:16]}.json'
 
-def openings(cut: str) -> list:
-    "All recorded openings of a cut's test split, oldest first."
-    p = ledger_path(cut)
+def openings(test: str) -> list:
+    "All recorded openings of the test split with this digest, oldest first."
+    p = ledger_path(test)
     return load_json(p)['openings'] if p.exists() else []
 
 def open_test(
@@ -299,11 +299,11 @@ def open_test(
     key: str,  # identity of the work: the same key is the same look
 ) -> Split:
     "The sealed test split; the opening is recorded before it is read."
-    cut = read_part(folder, 'val').cut
-    path = ledger_path(cut)
-    lock = take_lock(path.parent/'locks'/f'{cut[:16]}.lock', wait=30.)
+    test = load_meta(Path(folder)/'test.safetensors')['digest']
+    path = ledger_path(test)
+    lock = take_lock(path.parent/'locks'/f'{path.stem}.lock', wait=30.)
     try:
-        rows = openings(cut)
+        rows = openings(test)
         if key not in [r['key'] for r in rows]:
             save_json(path, dict(openings=[*rows, dict(who=who, why=why, key=key, when=time.strftime('%Y-%m-%d %H:%M:%S'))]))
     finally: lock.release()

@@ -286,14 +286,14 @@ def test_the_test_split_is_sealed(tiny_run, tmp_path, monkeypatch):
     folder = tiny_run.run / "splits"
     with pytest.raises(SettingError, match="sealed"):
         load_split(folder, "test")
-    cut = load_json(folder / "result.json")["cut"]
+    test = load_json(folder / "result.json")["digests"]["test"]
     key = digest(load_json(tiny_run.run / "evaluate" / "stage.json"))
-    mine = [o for o in openings(cut) if o["key"] == key]
+    mine = [o for o in openings(test) if o["key"] == key]
     assert len(mine) == 1 and mine[0]["who"] == f"{tiny_run.run.name}/evaluate"
     monkeypatch.setenv("SYNTHLIT_HOME", str(tmp_path))
     for key in ("a", "a", "b"):
         assert open_test(folder, "tests", "count", key).name == "digits/test"
-    assert [o["key"] for o in openings(cut)] == ["a", "b"]
+    assert [o["key"] for o in openings(test)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["gan-seed0", "fewshot"])

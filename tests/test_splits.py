@@ -207,7 +207,7 @@ def test_export_and_import(run, tmp_path, monkeypatch, protocol):
     assert back["valid"].digest == val.only(fs["novel"]).digest and val.digest in back["valid"].saw and back["valid"].classes == val.classes
     base = merge(train, val) if protocol == "published" else train
     assert back["train"].digest == base.only(fs["base"]).digest
-    assert len(openings(train.cut)) == 1 and "export" in openings(train.cut)[0]["who"]  # the ledger knows
+    assert len(openings(test.digest)) == 1 and "export" in openings(test.digest)[0]["who"]  # the ledger knows
     assert load_json(path)["recipe"]["fewshot"] == protocol and "root" not in load_json(path)["recipe"]
     loaded = load_arrays_of(path.parent, "valid")
     assert np.array_equal(loaded, back["valid"].images.numpy())  # any reader of the Hugging Face layout sees the same

@@ -168,6 +168,6 @@ def test_killed_runs_end_with_the_same_digests(tiny_run, tmp_path, seed):
         assert mine["digest"] == good["digest"], name
     assert set(todo) <= set(names)
     assert not list(run.glob("*.old-*")) and not [p for name in names for p in (run / name).rglob(".tmp-*")]
-    cut = load_json(run / "splits" / "result.json")["cut"]
-    assert len(openings(cut)) == len({o["key"] for o in openings(cut)})
+    test = load_json(run / "splits" / "result.json")["digests"]["test"]
+    assert len(openings(test)) == len({o["key"] for o in openings(test)})
     print(f"{time.time() - start:5.0f} s  {len(names)} stages with the digests of an undisturbed run")
