@@ -313,9 +313,9 @@ def use_machine(machine: dict):
     torch.set_num_threads(machine['threads'])
     pick_device(machine['device'])
 
-# %% ../nbs/00a_core.ipynb #cf718139
+# %% ../nbs/00a_core.ipynb #87e01c60
 class History:
-    "Rows of (step, values); `save` writes them as Parquet. `sinks`: objects with `log(dict, step=int)`."
+    "Rows of (step, values); `save` writes them as Parquet. `sinks`: objects with `log(dict, step=int)` and, if they take pictures, `picture(image, step=int)`."
     def __init__(self, path, sinks=()):
         self.path, self.sinks = Path(path), list(sinks)
         self.rows = load_table(path).to_pylist() if self.path.exists() else []
@@ -324,6 +324,9 @@ class History:
         values = {k: float(v) for k, v in values.items()}
         self.rows.append(dict(step=step, **values))
         for s in self.sinks: s.log(values, step=step)
+    def picture(self, step: int, image: torch.Tensor):
+        "Show a C×H×W uint8 picture to the sinks that take one."
+        for s in self.sinks: s.picture(image, step=step) if hasattr(s, 'picture') else None
     def cut(self, step: int):
         "Forget rows after `step`: training resumes there."
         self.rows = [r for r in self.rows if r['step'] <= step]
@@ -343,6 +346,9 @@ class TensorBoard:
     def log(self, values: dict, step: int):
         "Write scalars."
         for k, v in values.items(): self.writer.add_scalar(k, v, step)
+    def picture(self, image: torch.Tensor, step: int):
+        "Write a picture."
+        self.writer.add_image('picture', image, step)
 
 # %% ../nbs/00a_core.ipynb #9b00e38b
 @dataclasses.dataclass(frozen=True)
