@@ -4,7 +4,7 @@ N ?= 100
 WORKERS ?= 2
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,12 @@ bench: .venv/.installed-dev ## our speed beside public peers
 results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb
 	for p in fast_fashion_mnist fast_cifar10; do $(V)/synthlit run $$p && for s in runs/$$p/*[0-9]/; do \
 	  mkdir -p nbs/results/fast/$$p/$$(basename $$s) && cp $$s/manifest.json $$s/result.json $$s/history.parquet nbs/results/fast/$$p/$$(basename $$s)/ || exit 1; done; done
+
+STUDY := $(shell awk '/^  [a-z0-9_]+:/ {n = $$1} /stage: gan/ {sub(":", "", n); print n}' nbs/params/gan_study_cpu.yaml)
+results-gan-study: .venv/.installed ## train the rows of nbs/params/gan_study_cpu.yaml (hours on two cores; goes on where it was); INCEPTION=FILE: also FID and IS
+	$(V)/synthlit run gan_study_cpu $(if $(INCEPTION),$(foreach r,$(STUDY) evaluate,-p $(r).inception=$(INCEPTION)))
+	for s in $(foreach r,classifier $(STUDY) evaluate,runs/gan_study_cpu/$(r)); do to=nbs/results/gan_study/$$(basename $$s); mkdir -p $$to; \
+	  for f in manifest.json result.json history.parquet; do [ ! -f $$s/$$f ] || cp $$s/$$f $$to/ || exit 1; done; done
 
 torture: .venv/.installed-dev ## kill runs at random moments, N=100 times, and resume them
 	SYNTHLIT_TORTURE=$(N) $(V)/python -m pytest -rs tests/test_torture.py

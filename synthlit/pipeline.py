@@ -10,8 +10,8 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'execute', 'register_engine', 'clock', 'Line', 'run_node', 'keep_notebook', 'resolved', 'wanted',
            'run_chain', 'agreed_machine', 'open_log', 'headline', 'shrink', 'smoke', 'look_at', 'new_params', 'cmd_new',
            'print_plan', 'cmd_run', 'find_run', 'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml',
-           'plain_type', 'cmd_params', 'cmd_report', 'generators_at', 'cmd_sample', 'product', 'cmd_predict',
-           'cmd_export', 'agreed', 'cmd_clean', 'parser', 'main']
+           'plain_type', 'cmd_params', 'cmd_report', 'generators_at', 'labels_said', 'cmd_sample', 'sample_one',
+           'print_scores', 'product', 'cmd_predict', 'cmd_export', 'agreed', 'cmd_clean', 'parser', 'main']
 
 # %% ../nbs/09_pipeline.ipynb #b395e9dd
 import argparse, ast, csv, dataclasses, functools, importlib, itertools, json, os, re, shutil, signal, sys, \
@@ -736,7 +736,7 @@ def cmd_report(a):
     with atomic(run/'report.html') as tmp: tmp.write_text(make_report(run, ReportConfig()))
     print(f'report: {run/"report.html"}')
 
-# %% ../nbs/09_pipeline.ipynb #d9176d77
+# %% ../nbs/09_pipeline.ipynb #f46624ce
 def generators_at(name: str) -> list:
     "Generator folders of a run, or the one folder that holds a generator."
     if (Path(name)/'generator.safetensors').exists(): return [Path(name).resolve()]
@@ -744,21 +744,47 @@ def generators_at(name: str) -> list:
     if not found: raise SettingError(f'{name} holds no generator yet; done: {", ".join(f.name for f in stage_folders(find_run(name))) or "nothing"}')
     return found
 
+def labels_said(words: list | None):
+    "What `draw` takes from words of the command line: cat dog -> a list of classes; cat=5 dog=3 -> images of each."
+    if not words: return 'balanced'
+    cut = [w.rpartition('=') for w in words]
+    if not all(eq and k.isdigit() for _, eq, k in cut): return words
+    if len({c for c, *_ in cut}) < len(cut): raise SettingError(f'--labels {" ".join(words)}: a class is said twice')
+    return {c: int(k) for c, _, k in cut}
+
 def cmd_sample(a):
-    "Draw a grid of samples from a run's generators."
-    import torch, matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    from synthlit.core import show_grid
+    "Draw images from a run's generators: a grid of them, their scores, image files, diagnostic pictures."
+    import matplotlib
     from synthlit.generator import load_generator
-    for f in generators_at(a.what):
-        g = load_generator(f)
-        y = torch.tensor(g.trained).repeat_interleave(a.n)
-        show_grid(g.sample(y, torch.arange(a.n).repeat(len(g.trained)), seed=a.seed), len(g.trained), f.name,
-                  labels=[g.classes[c] for c in g.trained])
-        path = Path(a.out or '.')/f'{f.name}-samples.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plt.savefig(path, dpi=120); plt.close(); print(path)
+    matplotlib.use('Agg')
+    if None not in (a.n, a.total): raise SettingError(f'-n {a.n} and --total {a.total}: say one of them, images per class or in all')
+    for f in generators_at(a.what): sample_one(f, load_generator(f, pick_device(a.device)), a)
+
+def sample_one(f: Path, g, a):
+    "What `synthlit sample` does for one generator."
+    from synthlit.core import said
+    from synthlit.gan.sample import class_counts, class_number, diagnostics, draw, grid_rows, save_grid
+    labels, dials, to = labels_said(a.labels), said(std=a.std), Path(a.out or '.')
+    classes = g.trained if labels == 'balanced' else {class_number(g, c) for c in labels}
+    n = a.total if a.total is not None else a.n if isinstance(labels, dict) else (8 if a.n is None else a.n)*len(classes)
+    x, y = draw(g, n, labels, a.seed, a.write and to/f'{f.name}{".parquet" if a.write == "parquet" else ""}', **dials)
+    if not a.write: save_grid(to/f'{f.name}-samples.png', *grid_rows(x, y, g.classes), title=f.name)
+    print(to/f'{f.name}-samples.png')
+    val = print_scores(f, g, class_counts(g, n, labels), a, dials)
+    for p in diagnostics(g, to, val, seed=a.seed, name=f'{f.name}-') if a.diagnostics else []: print(p)
+
+def print_scores(f: Path, g, counts: dict, a, dials: dict):
+    "Scores beside val, where the generator lies in a run; returns val."
+    from synthlit.classifier import CPU
+    from synthlit.gan.sample import judges_of, score, score_text
+    judges = judges_of(f, dict(CPU, device=pick_device(a.device)))
+    if not judges:
+        if a.inception: raise SettingError(f'--inception: {f} lies in no run with splits and a classifier, so there are no real images beside it')
+        return print('  no scores: this generator lies in no run with splits and a classifier')
+    val, classifier, seen = judges
+    if not a.no_scores and len(counts)*min(counts.values()) > 1:
+        print(score_text(score(g, counts, val, classifier, a.seed, a.inception, **dials), seen))
+    return val
 
 def product(run: Path) -> Path:
     "The classifier that a run is for: trained on the mixture, else on filtered or plain synthetic images, else the real one."
@@ -825,7 +851,7 @@ def cmd_clean(a):
     elif not gone: print('nothing to clean')
     lock.release()
 
-# %% ../nbs/09_pipeline.ipynb #f817c80e
+# %% ../nbs/09_pipeline.ipynb #2d0ae549
 def parser() -> argparse.ArgumentParser:
     "The command line."
     p = argparse.ArgumentParser('synthlit', description='Train image classifiers on synthetic images.')
@@ -849,8 +875,16 @@ def parser() -> argparse.ArgumentParser:
     add(cmd_params, ('stage', dict(nargs='?')), ('--yaml', dict(action='store_true', help='as a commented template')))
     add(cmd_report, run)
     add(cmd_sample, ('what', dict(help='a run, or a folder that holds a generator')),
-        ('-n', dict(type=int, default=8, help='images per class')), ('--seed', dict(type=int, default=0)),
-        ('--out', dict(metavar='FOLDER', help='where to write the pictures')))
+        ('-n --n', dict(type=int, help='images per class (8 where nothing is said)')),
+        ('--total', dict(type=int, metavar='N', help='images in all, a multiple of the classes, instead of -n')),
+        ('--labels', dict(nargs='+', metavar='CLASS', help='classes by name or number, or CLASS=IMAGES; default: all that it was trained on')),
+        ('--seed', dict(type=int, default=0)), ('--std', dict(type=float, help='spread of the noise (1 as it was trained)')),
+        ('--out', dict(metavar='FOLDER', help='where to write; default: here')),
+        ('--write', dict(choices=['png', 'parquet'], help='also write the images: PNG files in class folders, or one Parquet file')),
+        ('--diagnostics', dict(action='store_true', help='also pictures between classes, of two noises for two classes, and of every class')),
+        ('--inception', dict(default='', metavar='FILE', help='Inception weights of pytorch-fid: also FID (to val) and inception score')),
+        ('--no-scores', dict(action='store_true', help='only draw')),
+        ('--device', dict(default='cpu', help='auto, cpu, cuda, cuda:1, mps')))
     add(cmd_predict, ('run', dict(help='a run, or a classifier file')), ('images', dict(nargs='+')))
     add(cmd_export, ('split', dict(help='a run, or its splits folder')), ('--to', dict(required=True, metavar='FOLDER')),
         ('--part', dict(default='train', choices=['train', 'val'])))
