@@ -504,12 +504,17 @@ def start_processes(machine: dict):
     if rank_and_world()[1] > 1 and cuda: torch.cuda.set_device(of_rank(machine)['device'])
     if rank_and_world()[1] > 1 and not torch.distributed.is_initialized(): torch.distributed.init_process_group('nccl' if cuda else 'gloo')
 
-# %% ../../nbs/03b_gan_training.ipynb #b7cefd7d
+# %% ../../nbs/03b_gan_training.ipynb #da6bda70
 def work_gan(cfg: GanConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     total = cfg.total(facts['n_train'])
-    return dict(gan=total*cfg.batch, sample=total//cfg.eval_every*cfg.n_eval*facts['classes'], disk=3e7)
+    nets = build_gan(cfg.network, facts['shape'], facts['classes'], cfg.width_g, cfg.width_d, cfg.z, cfg.pack, cfg.g, cfg.d)
+    g, d = [4*sum(v.numel() for v in net.state_dict().values()) for net in nets]
+    kept = total//cfg.keep_every if cfg.keep_every else 0
+    disk = 2*(4*g + 3*d) + (2 + kept)*g + d + 5e6  # two checkpoints (average and Adam's moments too), best, last and kept generators; pictures
+    return dict(gan=total*cfg.batch, sample=total//cfg.eval_every*cfg.n_eval*facts['classes'], disk=disk)
 
+# %% ../../nbs/03b_gan_training.ipynb #b3d1113e
 def stage_splits(stage: Stage) -> tuple:
     "(train, val, real classifier) of a stage's inputs."
     folder = stage.input('splits')
