@@ -16,7 +16,7 @@ from .splits import load_split
 from .gan.film import trainable
 from .gan.train import GanConfig, GanState, Watcher, finish_gan, new_batches, stage_splits, train_gan
 
-# %% ../nbs/04a_fewshot.ipynb #fe50aa42
+# %% ../nbs/04a_fewshot.ipynb #8fcc746b
 @dataclass
 class FewshotConfig:
     "Settings of few-shot fine-tuning; what is not here is as the base GAN was trained."
@@ -32,7 +32,7 @@ class FewshotConfig:
     def check(self, facts: dict):
         "Refuse what the base GAN cannot take."
         if self.batch % facts.get('pack', 1):
-            raise SettingError(f'fewshot.batch = {self.batch} must be a multiple of the GAN\'s pack = {facts["pack"]}')
+            raise SettingError(f'fewshot.batch = {self.batch} must be a multiple of the GAN\'s pack (times accumulate) = {facts["pack"]}')
 
 FEWSHOT_PRESETS = dict(
     tiny=dict(steps=200, eval_every=50, n_eval=30, lr_g=1e-2),
@@ -59,7 +59,7 @@ def seat_novel(net: nn.Module, base: list, novel: list):
     for m in net.modules():
         if isinstance(m, nn.Embedding): m.weight.data[novel] = m.weight.data[base].mean(0)
 
-# %% ../nbs/04a_fewshot.ipynb #58269b03
+# %% ../nbs/04a_fewshot.ipynb #70102259
 def adapt(
     folder,  # of the pre-trained GAN's stage
     cfg: FewshotConfig,
@@ -71,7 +71,7 @@ def adapt(
     "Load a pre-trained GAN for fine-tuning."
     base = resolve(GanConfig, read_manifest(folder)['settings'], dict(
         steps=cfg.steps, batch=cfg.batch, lr_g=cfg.lr_g, lr_d=cfg.lr_d, eval_every=cfg.eval_every, n_eval=cfg.n_eval, seed=cfg.seed))
-    s = GanState(replace(base, epochs=None, collapse=0., keep_every=0), shape, classes, machine)  # a few supports are not varied
+    s = GanState(replace(base, epochs=None, collapse=0., keep_every=0), shape, classes, machine, novel)  # a few supports are not varied
     trained = load_generator(folder/'last').trained
     s.G.load_state_dict(load_tensors(folder/'last'/'generator.safetensors')[0])
     s.D.load_state_dict(load_tensors(folder/'last'/'discriminator.safetensors')[0])
@@ -81,7 +81,7 @@ def adapt(
     if cfg.mode != 'all': s.G.eval(), s.D.eval()  # batch norms keep the base statistics
     return s
 
-# %% ../nbs/04a_fewshot.ipynb #cabd48d1
+# %% ../nbs/04a_fewshot.ipynb #64ddbb91
 def work_fewshot(cfg: FewshotConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     return dict(gan=cfg.steps*cfg.batch, sample=cfg.steps//cfg.eval_every*cfg.n_eval*3, disk=3e7)
@@ -95,7 +95,7 @@ def run_fewshot(stage: Stage) -> dict:
         raise SettingError(f'{source.name} was trained on the novel classes {fs["novel"]} already: pre-train with gan.classes = base')
     supports = train.take(fs['supports'])
     s = adapt(source, cfg, train.images.shape[1:], len(train.classes), fs['novel'], stage.machine)
-    cfg.check(dict(pack=s.cfg.pack))
+    cfg.check(dict(pack=s.cfg.pack*s.cfg.accumulate))
     every = sorted(trained + fs['novel'])
     watcher = Watcher(stage, s.cfg, val, classifier, every, fs['novel'])
     if not stage.history.rows: watcher(s, 0)  # before the first step: what fine-tuning must beat

@@ -267,9 +267,40 @@ def test_the_average_is_a_copy_and_then_remembers():
 
 def test_standing_statistics_are_the_mean_over_passes():
     s = state("small")
-    net = standing_statistics(s.sampler(), 10, 7, 0)
+    net = standing_statistics(s.sampler(), range(10), 7, 0)
     assert not net.training and all(int(m.num_batches_tracked) == 7 and m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    assert torch.equal(standing_statistics(s.sampler(), 10, 7, 0).norms[0].bn.running_mean, net.norms[0].bn.running_mean)
+    assert torch.equal(standing_statistics(s.sampler(), range(10), 7, 0).norms[0].bn.running_mean, net.norms[0].bn.running_mean)
+
+
+def test_standing_statistics_draw_at_addresses_only_and_only_known_labels():
+    """Dropout draws nothing, and labels that were never trained stay out."""
+    s, seen = state("dcgan", g=dict(kind="dcgan", norm="batch+dropout")), []
+    a, b = [standing_statistics(s.sampler(), [2, 5], 5, 0).state_dict() for _ in range(2)]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    net = s.sampler()
+    net.embed.register_forward_hook(lambda m, x, out: seen.extend(x[0].tolist()))
+    standing_statistics(net, [2, 5], 5, 0)
+    assert set(seen) == {2, 5}
+
+
+def test_random_labels_are_of_all_trained_classes():
+    s = state("dcgan", random_labels=True)
+    s.labels = [1, 3, 8]
+    drawn = torch.cat([look(s, noise, i).fy for i in range(60)])
+    assert set(drawn.tolist()) == {1, 3, 8} and torch.bincount(drawn)[[1, 3, 8]].min() > 120
+
+
+def test_parts_and_own_looks_have_addresses_of_their_own():
+    """Parts hold whole packs of all classes and other numbers; a generator that moves first, without shared fakes, has noise of its own."""
+    s = state("small", accumulate=2)
+    whole = look(s, noise, 3)
+    parts = [whole.part(i, 2, 2) for i in range(2)]
+    assert [p.number for p in parts] == [6, 7] and [p.y.tolist() for p in parts] == [[0, 0, 2, 2], [1, 1, 3, 3]]
+    assert torch.equal(torch.cat([p.x for p in parts]).sum(), whole.x[[0, 1, 4, 5, 2, 3, 6, 7]].sum())
+    s, noises = state("film_resnet", same_fakes=False), []
+    s.G.register_forward_pre_hook(lambda m, x: noises.append(x[0].clone()))
+    gan_step(s, noise, 0, 20)
+    assert len(noises) == 2 and not torch.equal(*noises)
 
 
 def test_virtual_batch_norm_gets_its_reference(tmp_path):
@@ -294,6 +325,8 @@ def test_batches_by_number():
     seen = torch.cat([shuffled(i)[0][:, 0, 0, 0] for i in range(3)])
     assert len(set(seen.tolist())) == 18 and torch.equal(shuffled(1)[0], Shuffled(part(), 6, 0)(1)[0])
     assert not torch.equal(shuffled(3)[0], shuffled(0)[0]), "another order in the next pass"
+    few = torch.bincount(Shuffled(part(), 50, 0)(4)[0][:, 0, 0, 0].long(), minlength=21)
+    assert few.sum() == 50 and few.max() == 3 and few.min() >= 1, "a batch larger than the set shows all of it, again"
 
 
 @pytest.mark.parametrize(
@@ -320,6 +353,8 @@ def test_settings_that_cannot_be(settings, message):
         (dict(network="dcgan", pack=1, g=dict(norm="group")), "norm = 'group'"),
         (dict(info=1.0), "no head that reads the noise"),
         (dict(loss="relativistic", loss_g="saturating"), "keep loss_g = same"),
+        (dict(loss="bce", loss_g="feature_matching", uncond=0.5), "no other term"),
+        (dict(network="film", pack=2, info=1.0), "needs pack = 1"),
         (dict(network="biggan", pack=1, width_g=8, width_d=8, z=17), "equal pieces"),
     ],
 )
@@ -352,3 +387,18 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
         next(s.G.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="smaller lr_g"):
         train_gan(s, broken, 20, stage(tmp_path / "new"), lambda *a: None)
+
+
+def test_networks_that_are_lost_are_not_kept(tmp_path):
+    """A loss that is no number between two logged steps: found before the checkpoint, which is the one before."""
+    batches, s = noise, state("small", eval_every=60)
+
+    def broken(number):
+        if number == 55:
+            with torch.no_grad():
+                next(s.G.parameters()).fill_(float("nan"))
+        return batches(number)
+
+    with pytest.raises(FloatingPointError, match="at step 60"):
+        train_gan(s, broken, 100, stage(tmp_path), lambda *a: None)
+    assert not stage(tmp_path).checkpoints.paths() and [r["step"] for r in stage(tmp_path).history.rows] == [50]

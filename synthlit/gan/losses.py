@@ -41,7 +41,7 @@ def g_loss(
     if kind == 'saturating': return -F.softplus(fake).mean()
     return -fake.exp().mean()/2 if kind == 'exp_sigma' else -fake.mean()
 
-# %% ../../nbs/03a4_gan_losses.ipynb #9041597d
+# %% ../../nbs/03a4_gan_losses.ipynb #c78a951b
 def feature_matching(
     real,  # N×... features of real images, or a list of maps of which the last counts
     fake,  # the same of generated ones
@@ -49,7 +49,7 @@ def feature_matching(
     "Mean squared difference of the batch means of the features (1606.03498, section 3.1)."
     real, fake = [f[-1] if isinstance(f, (list, tuple)) else f for f in (real, fake)]
     if real[0].numel() < 2: raise SettingError('loss_g = feature_matching: this discriminator gives one number as features; it needs a map')
-    return F.mse_loss(fake.mean(0), real.detach().mean(0))
+    return F.mse_loss(fake.float().mean(0), real.detach().float().mean(0))
 
 # %% ../../nbs/03a4_gan_losses.ipynb #7dc630bf
 def input_gradient(
@@ -89,14 +89,17 @@ def noise_loss(
     "Mean squared error of the noise that is read back from generated images (a Gaussian posterior of fixed width, 1606.03657)."
     return F.mse_loss(guess, z)
 
-# %% ../../nbs/03a4_gan_losses.ipynb #dfbe5cc0
+# %% ../../nbs/03a4_gan_losses.ipynb #090fb574
 def check_discriminator(D: nn.Module, loss: str, loss_g: str = 'same', info: float = 0., uncond: float = 0.):
     "`SettingError` if a discriminator cannot serve these losses; the message names the setting."
     if isinstance([*D.modules()][-1], nn.Sigmoid):
         raise SettingError(f'loss = {loss}: this discriminator ends in a sigmoid, but all losses here take scores without bounds: remove the sigmoid')
     if loss_g == 'feature_matching' and not hasattr(D, 'features'):
         raise SettingError(f'loss_g = feature_matching: {type(D).__name__} has no features()')
-    if info and not hasattr(D, 'posterior'):
-        raise SettingError(f'info = {info}: {type(D).__name__} has no head that reads the noise; network = film has one')
+    if loss_g == 'feature_matching' and (info or uncond):
+        raise SettingError(f'loss_g = feature_matching: the generator then has no other term; set info = {info} and uncond = {uncond} to 0')
+    if info and not hasattr(one := getattr(D, 'net', D), 'posterior'):  # `net`: what a packed discriminator goes around
+        raise SettingError(f'info = {info}: {type(one).__name__} has no head that reads the noise; network = film has one')
+    if info and getattr(D, 'pack', 1) > 1: raise SettingError(f'info = {info}: noise is read from one image at a time, so it needs pack = 1')
     if loss == 'relativistic' and loss_g != 'same': raise SettingError(f'loss_g = {loss_g}: the relativistic loss is a pair, keep loss_g = same')
     if uncond and loss == 'relativistic': raise SettingError('uncond: the relativistic loss has no unconditional term here')

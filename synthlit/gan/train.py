@@ -6,10 +6,10 @@
 __all__ = ['GAN_PRESETS', 'GanConfig', 'study', 'GanGenerator', 'Packs', 'Shuffled', 'GanState', 'standing_statistics', 'Look',
            'look', 'fakes', 'seen', 'reader', 'target', 'penalties', 'd_objective', 'g_objective', 'share_gradients',
            'd_update', 'g_update', 'gan_step', 'judge', 'as_generator', 'Watcher', 'new_batches', 'finish_first',
-           'check_finite', 'set_reference', 'train_gan', 'work_gan', 'stage_splits', 'start_processes', 'run_gan',
+           'check_finite', 'set_reference', 'train_gan', 'start_processes', 'work_gan', 'stage_splits', 'run_gan',
            'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #eb67a393
+# %% ../../nbs/03b_gan_training.ipynb #fcdbb776
 import copy, math, os, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,14 +21,14 @@ from ..core import (
 from ..generator import Generator, latents, load_generator, run_blocks
 from ..splits import Split, load_split
 from ..augment import shift_flip
-from ..classifier import load_classifier, rank_and_world, to_device
+from ..classifier import load_classifier, of_rank, rank_and_world, to_device
 from .augment import check_policy, diff_augment
 from .dcgan import DCGAN_KINDS, mixes_batch
 from .losses import FREE, check_discriminator, clip_weights, d_loss, feature_matching, g_loss, gradient_penalty, noise_loss, zero_penalty
 from .models import Packed, build_gan, build_generator
 from .watch import Watch, animate, collapsed, picture, save_picture, score_accuracy
 
-# %% ../../nbs/03b_gan_training.ipynb #e1a724e2
+# %% ../../nbs/03b_gan_training.ipynb #adf67c7b
 @dataclass
 class GanConfig:
     "Everything that may be set about a GAN and its training."
@@ -42,7 +42,7 @@ class GanConfig:
     d: dict = field(default_factory=dict)  # the discriminator's own keywords, e.g. {kind: wgan_spectral, norm: instance}
     pack: Annotated[int, (1, 8)] = 2  # images of one class that the discriminator sees together
     balanced: bool = True  # every class equally often in each batch; False = shuffled passes over the images as they are
-    random_labels: bool = False  # fakes get labels at random instead of those of the real images
+    random_labels: bool = False  # fakes get labels at random, each trained class alike, instead of those of the real images
     loss: Literal['ns', 'bce', 'hinge', 'wasserstein', 'relativistic'] = 'ns'  # of both networks, chapter 03a4
     loss_g: Literal['same', 'saturating', 'exp_sigma', 'feature_matching'] = 'same'  # the generator's, where it is another
     smooth: list[Annotated[float, (0, 1)]] = field(default_factory=lambda: [0.7, 0.9])  # bce only: the target of "real" is drawn between these
@@ -98,8 +98,9 @@ class GanConfig:
         if base: n = n*(facts['classes'] - facts['novel'])//facts['classes']
         if self.batch > n: raise SettingError(f'gan.batch = {self.batch}: the base classes have only about {n} training images')
         if self.batch % self.pack: raise SettingError(f'gan.batch = {self.batch} must be a multiple of gan.pack = {self.pack}')
-        if self.batch % (parts := self.pack*self.accumulate):
-            raise SettingError(f'gan.batch = {self.batch} must be a multiple of pack x accumulate = {parts}: try {-(-self.batch//parts)*parts}')
+        if self.batch % (parts := self.pack*self.accumulate*rank_and_world()[1]):
+            what = f'pack x accumulate{" x processes"*(rank_and_world()[1] > 1)} = {parts}'
+            raise SettingError(f'gan.batch = {self.batch} must be a multiple of {what}: try {-(-self.batch//parts)*parts}')
         for bad, what in ((not self.balanced, 'balanced = false'), (self.random_labels, 'random_labels')):
             if bad and self.pack > 1: raise SettingError(f'gan.{what} needs gan.pack = 1 (it is {self.pack}): a pack holds one class')
         if len(self.smooth) != 2 or self.smooth[0] > self.smooth[1]:
@@ -165,14 +166,14 @@ class GanGenerator(Generator):
         draw = lambda z, y: self.net(z.to(self.device), y.to(self.device)).float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
         return run_blocks(draw, latents(labels, index, self.net.z, seed)*std, labels)
 
-# %% ../../nbs/03b_gan_training.ipynb #f4a9f35a
+# %% ../../nbs/03b_gan_training.ipynb #31e97b3e
 class Packs:
     "Batches of class-sorted packs from a split, addressed by step: every class equally often, its images at random."
     def __init__(self, split: Split, labels: list, batch: int, pack: int, seed: int, device='cpu'):
         self.labels, self.batch, self.pack, self.seed, self.images = np.array(labels), batch, pack, seed, split.images.to(device)
         self.rows = {c: torch.nonzero(split.labels == c)[:, 0].numpy() for c in labels}
         empty = [split.classes[c] for c, r in self.rows.items() if not len(r)]
-        if empty: raise SettingError(f'no training images of class {", ".join(empty)}')
+        if empty: raise SettingError(f'{split.name} has no images of class {", ".join(empty)}')
     def __call__(self, step: int) -> tuple:
         "(images uint8, labels) of one step."
         r = rng(self.seed, 'gan.batch', step)
@@ -184,23 +185,26 @@ class Packs:
         rows = np.array([self.rows[c][(int(f*k) + h) % k] for c, f, k, hs in zip(y[::self.pack], first, size, hop) for h in hs])
         return self.images[torch.from_numpy(rows)], torch.from_numpy(y)
 
-# %% ../../nbs/03b_gan_training.ipynb #a5a029c8
+# %% ../../nbs/03b_gan_training.ipynb #e32443bc
 class Shuffled:
     "Batches from shuffled passes over a split, addressed by number."
     def __init__(self, split: Split, batch: int, seed: int, device='cpu'):
-        self.images, self.labels, self.seed, self.batch, self.per = split.images.to(device), split.labels, seed, batch, len(split)//batch
+        self.images, self.labels, self.seed, self.batch = split.images.to(device), split.labels, seed, batch
+        self.length = len(split)*-(-batch//len(split))  # of a pass: each image once, or as often as one batch needs
+        self.per = self.length//batch
         self.order: tuple = (-1, None)
     def __call__(self, number: int) -> tuple:
         "(images uint8, labels) of one batch."
         e, b = divmod(number, self.per)
-        if self.order[0] != e: self.order = e, torch.from_numpy(rng(self.seed, 'gan.order', e).permutation(len(self.labels)))
+        if self.order[0] != e: self.order = e, torch.from_numpy(rng(self.seed, 'gan.order', e).permutation(self.length) % len(self.labels))
         rows = self.order[1][b*self.batch:(b + 1)*self.batch]
         return self.images[rows], self.labels[rows]
 
-# %% ../../nbs/03b_gan_training.ipynb #8d8d303b
+# %% ../../nbs/03b_gan_training.ipynb #ba7555b0
 class GanState:
     "Both networks, the generator's moving average, both optimisers: all that a step changes."
-    def __init__(self, cfg: GanConfig, shape, classes: int, machine: dict):
+    def __init__(self, cfg: GanConfig, shape, classes: int, machine: dict, labels: list | None = None):
+        machine, self.labels = of_rank(machine), list(range(classes)) if labels is None else list(labels)  # those it trains on
         fmt = torch.channels_last if machine['channels_last'] else torch.contiguous_format
         G, D = build_gan(cfg.network, shape, classes, cfg.width_g, cfg.width_d, cfg.z, cfg.pack, cfg.g, cfg.d, cfg.seed)
         check_discriminator(D, cfg.loss, cfg.loss_g, cfg.info, cfg.uncond)
@@ -208,7 +212,7 @@ class GanState:
             warnings.warn('a gradient penalty with batch norm in the discriminator: a score depends on the other images of the batch, '
                           'so its gradient is not what the penalty assumes. Try d: {norm: instance} or {norm: layer}', stacklevel=2)
         self.G, self.D = [m.to(machine['device'], memory_format=fmt) for m in (G, D)]
-        self.E, self.cfg, self.machine, self.classes = copy.deepcopy(self.G).eval().requires_grad_(False), cfg, machine, classes
+        self.E, self.cfg, self.machine = copy.deepcopy(self.G).eval().requires_grad_(False), cfg, machine
         self.noisy = any(isinstance(m, nn.Dropout) for net in (G, D) for m in net.modules())
         self.set_optimizers(self.G.parameters(), self.D.parameters())
     def set_optimizers(self, of_g, of_d):
@@ -243,26 +247,26 @@ class GanState:
         floats = [i for i, t in enumerate(e) if t.is_floating_point()]
         torch._foreach_lerp_([e[i] for i in floats], [g[i] for i in floats], 1 - keep)
         for a, b in zip(e, g): a.copy_(b) if not a.is_floating_point() else None
-    def sampler(self) -> nn.Module:
-        "A copy of what samples: the average (or, without one, the generator), its batch norms measured anew where asked."
+    def sampler(self, labels: list | None = None) -> nn.Module:
+        "A copy of what samples these labels: the average (or, without one, the generator), its batch norms measured anew where asked."
         net = copy.deepcopy(self.E if self.cfg.ema else self.G).eval().requires_grad_(False)
-        return standing_statistics(net, self.classes, self.cfg.standing, self.cfg.seed) if self.cfg.standing else net
+        return standing_statistics(net, self.labels if labels is None else labels, self.cfg.standing, self.cfg.seed) if self.cfg.standing else net
 
-# %% ../../nbs/03b_gan_training.ipynb #e0995fac
+# %% ../../nbs/03b_gan_training.ipynb #b868ff1f
 @torch.no_grad()
-def standing_statistics(net: nn.Module, classes: int, passes: int, seed: int) -> nn.Module:
+def standing_statistics(net: nn.Module, labels, passes: int, seed: int) -> nn.Module:
     "Measure a generator's batch norms anew over passes of 2 to `passes` + 1 images; changes and returns `net`."
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     r, dev = rng(seed, 'gan.standing'), next(net.parameters()).device
-    for m in norms: m.reset_running_stats(); m.momentum = None  # None: the plain mean over all passes
-    net.train()
+    net.eval()  # dropout would draw at no address
+    for m in norms: m.reset_running_stats(); m.train(); m.momentum = None  # None: the plain mean over all passes
     for i in range(passes):
         n = int(r.integers(2, passes + 2))
-        net(randn((n, net.z), seed, 'gan.standing.z', i, dev), torch.from_numpy(r.integers(0, classes, n)).to(dev))
+        net(randn((n, net.z), seed, 'gan.standing.z', i, dev), torch.from_numpy(r.choice(np.array(labels), n)).to(dev))
     for m in norms: m.momentum = .1
     return net.eval()
 
-# %% ../../nbs/03b_gan_training.ipynb #9072f84d
+# %% ../../nbs/03b_gan_training.ipynb #f433a944
 class Look(NamedTuple):
     "What one update looks at."
     x: torch.Tensor  # N×C×S×S real images in [-1, 1]
@@ -271,10 +275,11 @@ class Look(NamedTuple):
     fy: torch.Tensor  # N labels of the fakes
     number: int  # the look's address: how many the discriminator had before
     own: str  # '.g' for a look of the generator's own
-    def parts(self, n: int) -> list:
-        "The look in n equal parts."
-        cut = zip(*[t.chunk(n) for t in (self.x, self.y, self.z, self.fy)])
-        return [Look(x, y, z, fy, self.number*n + i, self.own) for i, (x, y, z, fy) in enumerate(cut)]
+    def part(self, i: int, n: int, pack: int):
+        "Part i of n equal ones: every n-th pack, so that each part has all classes; with a number of its own."
+        if n == 1: return self
+        x, y, z, fy = [t.unflatten(0, (-1, pack))[i::n].flatten(0, 1) for t in (self.x, self.y, self.z, self.fy)]
+        return Look(x, y, z, fy, self.number*n + i, self.own)
 
 def look(s: GanState, batches, step: int, k: int = 0) -> Look:
     "Look k of a step: the discriminator's 0 to d_steps - 1, then the generator's own."
@@ -283,10 +288,10 @@ def look(s: GanState, batches, step: int, k: int = 0) -> Look:
     images, y = batches(number if c.basket == 'fresh' else step)
     r = rng(c.seed, f'gan.flip{own}', number)
     x = to_device(shift_flip(images, 0, True, r) if c.flip else images, s.machine)
-    fy = torch.from_numpy(r.choice(np.unique(y), len(y))) if c.random_labels else y
+    fy = torch.from_numpy(r.choice(np.array(s.labels), len(y))) if c.random_labels else y
+    whole = Look(x, y.to(dev), randn((len(y), s.G.z), c.seed, f'gan.z{own}', number, dev), fy.to(dev), number, own)
     rank, world = rank_and_world()
-    mine = lambda t: t.chunk(world)[rank]  # with several processes each has its share
-    return Look(mine(x), mine(y.to(dev)), mine(randn((len(y), s.G.z), c.seed, f'gan.z{own}', number, dev)), mine(fy.to(dev)), number, own)
+    return whole.part(rank, world, c.pack)  # with several processes each has its share
 
 def fakes(s: GanState, l: Look) -> torch.Tensor:
     "Images from the noise and labels of a look."
@@ -296,7 +301,7 @@ def seen(s: GanState, l: Look, x: torch.Tensor, side: str) -> torch.Tensor:
     "Images as the discriminator sees them: augmented, where asked, the reals and the fakes by numbers of their own."
     return diff_augment(x, s.cfg.augment, s.cfg.augment_p, rng(s.cfg.seed, f'gan.augment.{side}{l.own}', l.number))
 
-# %% ../../nbs/03b_gan_training.ipynb #b0f26f58
+# %% ../../nbs/03b_gan_training.ipynb #5c5ccbd1
 def reader(D: nn.Module, x: torch.Tensor):
     "(labels -> scores, features) of images; one pass serves all heads where the network has several."
     if not hasattr(D, 'score'): return lambda y=None: D(x, y).float(), None
@@ -313,7 +318,7 @@ def target(s: GanState, l: Look, scores: torch.Tensor):
 def penalties(s: GanState, l: Look, x: torch.Tensor, fake: torch.Tensor) -> torch.Tensor | float:
     "The penalties asked for, every `penalty_every` looks and that much stronger."
     c = s.cfg
-    if l.number//c.accumulate % c.penalty_every or not (c.gp or c.r1 or c.r2): return 0.
+    if l.number//(c.accumulate*rank_and_world()[1]) % c.penalty_every or not (c.gp or c.r1 or c.r2): return 0.
     mix = torch.from_numpy(rng(c.seed, 'gan.mix', l.number).random((len(x)//c.pack, 1, 1, 1), np.float32)).to(x.device).repeat_interleave(c.pack, 0)
     total = c.gp*gradient_penalty(s.D, x, fake, l.y, mix) if c.gp else 0.
     if c.r1: total = total + c.r1*zero_penalty(s.D, x, l.y)
@@ -342,7 +347,7 @@ def g_objective(s: GanState, l: Look, fake: torch.Tensor) -> torch.Tensor:
         if c.uncond: loss = loss + c.uncond*g_loss(None, of_fake(), kind)
         return loss + c.info*noise_loss(s.D.posterior(h)[0].float(), l.z) if c.info else loss
 
-# %% ../../nbs/03b_gan_training.ipynb #8e44b20c
+# %% ../../nbs/03b_gan_training.ipynb #82c00ab6
 def share_gradients(net: nn.Module):
     "With several processes: the mean of their gradients."
     if (world := rank_and_world()[1]) == 1: return
@@ -353,7 +358,7 @@ def d_update(s: GanState, l: Look, fake: torch.Tensor | None = None) -> torch.Te
     "One update of the discriminator; returns its loss."
     s.opt_d.zero_grad(set_to_none=True)
     n, total = s.cfg.accumulate, 0.
-    for part in l.parts(n) if n > 1 else [l]:
+    for part in (l.part(i, n, s.cfg.pack) for i in range(n)):
         with torch.no_grad(): f = fakes(s, part) if fake is None else fake
         loss = d_objective(s, part, f)/n
         loss.backward()
@@ -367,7 +372,7 @@ def g_update(s: GanState, l: Look, fake: torch.Tensor | None = None) -> torch.Te
     s.opt_g.zero_grad(set_to_none=True)
     n, total, needed = s.cfg.accumulate, 0., [p.requires_grad for p in s.D.parameters()]
     s.D.requires_grad_(False)
-    for part in l.parts(n) if n > 1 else [l]:
+    for part in (l.part(i, n, s.cfg.pack) for i in range(n)):
         loss = g_objective(s, part, fakes(s, part) if fake is None else fake)/n
         loss.backward()
         total = total + loss.detach()
@@ -383,20 +388,22 @@ def gan_step(
 ) -> tuple:  # (discriminator's last loss, generator's loss)
     "One step: d_steps updates of the discriminator and one of the generator."
     s.set_rates(step/total)
-    with global_rng(s.cfg.seed, 'gan.dropout', step) if s.noisy else nullcontext():
+    rank, world = rank_and_world()
+    with global_rng(s.cfg.seed, 'gan.dropout', step*world + rank) if s.noisy else nullcontext():
         l = look(s, batches, step)
         fake = fakes(s, l) if s.cfg.shares else None
-        if s.cfg.g_first: loss_g = g_update(s, l, fake)
+        of_g = lambda: g_update(s, l if s.cfg.shares else look(s, batches, step, s.cfg.d_steps), fake)
+        if s.cfg.g_first: loss_g = of_g()
         loss_d = d_update(s, l, None if fake is None else fake.detach())
         for k in range(1, s.cfg.d_steps): loss_d = d_update(s, look(s, batches, step, k))
-        if not s.cfg.g_first: loss_g = g_update(s, l if s.cfg.shares else look(s, batches, step, s.cfg.d_steps), fake)
+        if not s.cfg.g_first: loss_g = of_g()
     s.average(step)
     return loss_d, loss_g
 
-# %% ../../nbs/03b_gan_training.ipynb #52e8ad6d
+# %% ../../nbs/03b_gan_training.ipynb #65c8ead4
 @torch.no_grad()
 def judge(s: GanState, batches, net: nn.Module) -> dict:
-    "Losses of both networks and the discriminator's accuracy on real images that it was not trained on and as many fakes."
+    "Both losses (without smoothing, penalties and other terms) and the discriminator's accuracy, on real images it never saw and as many fakes."
     images, y = batches(0)
     x, y, was = to_device(images, s.machine), y.to(s.machine['device']), s.D.training
     s.D.eval()
@@ -411,7 +418,7 @@ def as_generator(s: GanState, split: Split, trained: list) -> GanGenerator:
     "What samples now, as a Generator (a copy)."
     c = s.cfg
     made = dict(network=c.network, width=c.width_g, z=c.z, g=c.g)
-    return GanGenerator(s.sampler(), split.classes, split.images.shape[1:], trained, made, s.machine['device'])
+    return GanGenerator(s.sampler(trained), split.classes, split.images.shape[1:], trained, made, s.machine['device'])
 
 class Watcher:
     "Called every `eval_every` steps: measures, logs, draws, and keeps what is best so far."
@@ -429,6 +436,7 @@ class Watcher:
         if now['frechet'] < best: g.save(self.stage.dir)
         if c.keep_every and step and step % c.keep_every == 0: g.save(self.stage.dir/'steps'/f'{step:09d}')
         if reason := collapsed(history.rows, c.collapse):
+            history.save()
             raise RuntimeError(f'{self.stage.dir.name} stopped at step {step}: {reason}. The best generator and the last checkpoint are kept. '
                                'Try gan.pack = 2, another loss or smaller rates; gan.collapse = 0 never stops')
 
@@ -437,7 +445,7 @@ def new_batches(cfg: GanConfig, split: Split, labels: list, batch: int, device, 
     if cfg.balanced if balanced is None else balanced: return Packs(split, labels, batch, cfg.pack, cfg.seed, device)
     return Shuffled(split, batch, cfg.seed, device)
 
-# %% ../../nbs/03b_gan_training.ipynb #599da7ce
+# %% ../../nbs/03b_gan_training.ipynb #3a85d093
 @contextmanager
 def finish_first():
     "Yields a list that is empty until Ctrl-C is pressed; a second Ctrl-C interrupts at once."
@@ -454,6 +462,7 @@ def finish_first():
 def check_finite(stage: Stage, step: int, losses: tuple):
     "Stop at a loss that is not a number, and say what is kept."
     if all(torch.isfinite(l) for l in losses): return
+    if rank_and_world()[0] == 0: stage.history.save()
     kept = [p.stem[5:].lstrip('0') for p in stage.checkpoints.paths()]
     raise FloatingPointError(f'{stage.dir.name}: the loss is not a number at step {step}; the checkpoint of step {kept[-1] if kept else 0} is kept. '
                              'Try a smaller lr_g and lr_d')
@@ -481,27 +490,35 @@ def train_gan(
     with finish_first() as asked:
         for step in stage.track(range(start, total), total, start, stage.dir.name):
             losses, done = gan_step(s, batches, step, total), step + 1
-            if done % c.log_every == 0 or done == total:
-                check_finite(stage, done, losses), stage.history.log(done, loss_d=losses[0], loss_g=losses[1])
-            if lead and (done % c.eval_every == 0 or done == total): watching(s, done)
-            if lead and (done % min(500, c.eval_every) == 0 or done == total or asked): stage.history.save(), stage.checkpoints.save(done, s.state())
+            log, look_at_val, keep = [done % n == 0 or done == total for n in (c.log_every, c.eval_every, min(500, c.eval_every))]
+            if log or keep or asked: check_finite(stage, done, losses)  # no checkpoint of networks that are lost
+            if log: stage.history.log(done, loss_d=losses[0], loss_g=losses[1])
+            if lead and look_at_val: watching(s, done)
+            if lead and (keep or asked): stage.history.save(), stage.checkpoints.save(done, s.state())
             if asked: raise KeyboardInterrupt(f'{stage.dir.name} stopped after step {done}, saved; the same command goes on from here')
 
-# %% ../../nbs/03b_gan_training.ipynb #3e03140a
+# %% ../../nbs/03b_gan_training.ipynb #8de59d0b
+def start_processes(machine: dict):
+    "With several processes (torchrun): let them find each other, each on its own GPU."
+    cuda = machine['device'].startswith('cuda')
+    if rank_and_world()[1] > 1 and cuda: torch.cuda.set_device(of_rank(machine)['device'])
+    if rank_and_world()[1] > 1 and not torch.distributed.is_initialized(): torch.distributed.init_process_group('nccl' if cuda else 'gloo')
+
+# %% ../../nbs/03b_gan_training.ipynb #da6bda70
 def work_gan(cfg: GanConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     total = cfg.total(facts['n_train'])
-    return dict(gan=total*cfg.batch, sample=total//cfg.eval_every*cfg.n_eval*facts['classes'], disk=3e7)
+    nets = build_gan(cfg.network, facts['shape'], facts['classes'], cfg.width_g, cfg.width_d, cfg.z, cfg.pack, cfg.g, cfg.d)
+    g, d = [4*sum(v.numel() for v in net.state_dict().values()) for net in nets]
+    kept = total//cfg.keep_every if cfg.keep_every else 0
+    disk = 2*(4*g + 3*d) + (2 + kept)*g + d + 5e6  # two checkpoints (average and Adam's moments too), best, last and kept generators; pictures
+    return dict(gan=total*cfg.batch, sample=total//cfg.eval_every*cfg.n_eval*facts['classes'], disk=disk)
 
+# %% ../../nbs/03b_gan_training.ipynb #b3d1113e
 def stage_splits(stage: Stage) -> tuple:
     "(train, val, real classifier) of a stage's inputs."
     folder = stage.input('splits')
     return load_split(folder, 'train'), load_split(folder, 'val'), load_classifier(stage.input('classifier'), stage.machine)
-
-def start_processes(machine: dict):
-    "With several processes (torchrun): let them find each other."
-    if rank_and_world()[1] > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('nccl' if machine['device'].startswith('cuda') else 'gloo')
 
 def run_gan(stage: Stage) -> dict:
     "The stage: train on all classes or the base classes, keep the best by val and the last."
@@ -510,7 +527,7 @@ def run_gan(stage: Stage) -> dict:
     labels = load_json(stage.input('splits')/'fewshot.json')['base'] if cfg.classes == 'base' else list(range(len(train.classes)))
     part = train.only(labels)
     cfg.check(dict(n_train=len(part)))
-    s, total = GanState(cfg, train.images.shape[1:], len(train.classes), stage.machine), cfg.total(len(part))
+    s, total = GanState(cfg, train.images.shape[1:], len(train.classes), stage.machine, labels), cfg.total(len(part))
     stage.tensorboard()
     train_gan(s, new_batches(cfg, part, labels, cfg.batch, stage.device), total, stage, Watcher(stage, cfg, val, classifier, labels, labels))
     return finish_gan(s, stage, part, total, labels)
