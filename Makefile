@@ -2,9 +2,14 @@
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 N ?= 100
 WORKERS ?= 2
+STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help .venv demo lab test bench results-fast results-gan-study torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+=======
+.PHONY: help .venv demo lab test bench presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+>>>>>>> 7116c21eb7a5cd4fef9841e4e13b8f60352b4221
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,6 +27,9 @@ test: .venv/.installed-dev ## all checks, in the order below (CI runs this); WOR
 bench: .venv/.installed-dev ## our speed beside public peers
 	$(V)/python tests/bench.py
 	$(V)/python tests/bench_gan.py 1 2
+
+presets: .venv/.installed-dev ## train every GAN preset STEPS=200 steps on CIFAR-10 and Fashion-MNIST (hours on one core; goes on where it was)
+	$(V)/python tests/presets_on_real_data.py $(STEPS)
 
 results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb
 	for p in fast_fashion_mnist fast_cifar10; do $(V)/synthlit run $$p && for s in runs/$$p/*[0-9]/; do \

@@ -111,7 +111,7 @@ class SNBlock(nn.Module):
         self.pool, self.shortcut = nn.AvgPool2d(2) if pool else nn.Identity(), conv(i, o, 1) if i != o else nn.Identity()
     def forward(self, x): return self.pool(self.body(x)) + self.shortcut(self.pool(x))
 
-# %% ../../nbs/03a3_film.ipynb #1f256456
+# %% ../../nbs/03a3_film.ipynb #5caa2f30
 class FilmDiscriminator(nn.Module):
     "Images N×C×S×S, labels N or None -> N scores; the spectral-norm projection discriminator of 2203.16662 with its InfoGAN head."
     pack = 1  # images that it sees together
@@ -123,7 +123,6 @@ class FilmDiscriminator(nn.Module):
         self.body = nn.Sequential(*(SNBlock(i, o, n < pools, act=n > 0) for n, (i, o) in enumerate(zip(c, c[1:]))))
         self.psi, self.phi, self.embed = spectral_norm(nn.Linear(d, d)), spectral_norm(nn.Linear(d, 1)), nn.Embedding(classes, d)
         self.info = nn.Sequential(*(m for o in (d, d, 2*z) for m in (spectral_norm(nn.Linear(d, o)), nn.ReLU())))[:-1]
-        nn.init.normal_(self.embed.weight, std=d**-.5)  # length 1: at the start both terms of the score weigh the same
     def features(self, x, y=None):
         "N×8·width: what the heads read (they are told the label, not these)."
         return self.body(x).relu().mean((2, 3))
