@@ -5,11 +5,8 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
 .PHONY: help .venv demo lab test bench results-fast results-gan-study torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
-=======
 .PHONY: help .venv demo lab test bench presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
->>>>>>> 7116c21eb7a5cd4fef9841e4e13b8f60352b4221
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
