@@ -5,8 +5,7 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench results-fast results-gan-study torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
-.PHONY: help .venv demo lab test bench presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
