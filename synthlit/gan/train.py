@@ -400,7 +400,7 @@ def gan_step(
     s.average(step)
     return loss_d, loss_g
 
-# %% ../../nbs/03b_gan_training.ipynb #65c8ead4
+# %% ../../nbs/03b_gan_training.ipynb #f0e22cc5
 @torch.no_grad()
 def judge(s: GanState, batches, net: nn.Module) -> dict:
     "Both losses (without smoothing, penalties and other terms) and the discriminator's accuracy, on real images it never saw and as many fakes."
@@ -432,7 +432,7 @@ class Watcher:
         best = min((r['frechet'] for r in history.rows if r.get('frechet') is not None), default=float('inf'))
         now = self.watch(g)
         history.log(step, **now, **judge(s, self.batches, g.net))
-        save_picture(self.stage.dir/'pictures', step, picture(g, self.val, self.watched))
+        history.picture(step, shown := picture(g, self.val, self.watched)), save_picture(self.stage.dir/'pictures', step, shown)
         if now['frechet'] < best: g.save(self.stage.dir)
         if c.keep_every and step and step % c.keep_every == 0: g.save(self.stage.dir/'steps'/f'{step:09d}')
         if reason := collapsed(history.rows, c.collapse):
