@@ -1,7 +1,6 @@
 """Our GAN step beside a plain PyTorch loop over the same networks, measured in the same run (`make bench`). Nothing is asserted."""
 
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -10,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import InMemory, best_of, row
+from bench import InMemory, best_of, peak, row
 
 from synthlit.core import resolve, rng
 from synthlit.gan.models import build_gan
@@ -109,7 +108,7 @@ def bench_gan(preset: str, width: int, steps: int):
 
 
 def fresh(preset: str, width: int, who: str) -> float:
-    """Peak memory of two steps in a process of its own, MB above what its imports took."""
+    """Peak memory of two steps in a process of its own, MB above what was there when they began."""
     done = subprocess.run([sys.executable, __file__, "memory", preset, str(width), who], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -117,13 +116,10 @@ def fresh(preset: str, width: int, who: str) -> float:
 def memory_of(preset: str, width: int, who: str):
     """Print what `fresh` asks for."""
     torch.set_num_threads(1)
-    used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # noqa: E731
     cfg = of(preset, width)
     images, labels = torch.zeros(cfg.batch * 2, 3, 32, 32, dtype=torch.uint8), torch.arange(cfg.batch * 2) % 10
     torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
-    before = used()
-    (ours(cfg, images, labels) if who == "ours" else theirs(cfg, images, labels, False))()
-    print(used() - before)
+    print(peak(ours(cfg, images, labels) if who == "ours" else theirs(cfg, images, labels, False)))
 
 
 def profile(preset: str, width: int):

@@ -1,5 +1,6 @@
 """GAN training: every preset resumes to the same bits wherever it was stopped, settings that cannot be are refused, several processes agree."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from synthlit.core import Checkpoints, History, SettingError, digest, load_tensors, resolve, rng
+from synthlit.core import Checkpoints, History, SettingError, continues, digest, load_tensors, resolve, rng
 from synthlit.gan.losses import clip_weights, d_loss, g_loss, gradient_penalty
 from synthlit.gan.models import FAMILIES, build_gan
 from synthlit.gan.train import (
@@ -402,3 +403,11 @@ def test_networks_that_are_lost_are_not_kept(tmp_path):
     with pytest.raises(FloatingPointError, match="at step 60"):
         train_gan(s, broken, 100, stage(tmp_path), lambda *a: None)
     assert not stage(tmp_path).checkpoints.paths() and [r["step"] for r in stage(tmp_path).history.rows] == [50]
+
+
+def test_a_collapsed_training_goes_on_when_told_never_to_stop():
+    """The error says `gan.collapse = 0 never stops`: that must not throw the training away."""
+    old, new = dataclasses.asdict(GanConfig()), GanConfig(collapse=0.0)
+    was, now = [dict(settings=c, code="x") for c in (old, dataclasses.asdict(new))]
+    assert continues(was, now, new)
+    assert not continues(was, dict(settings=dataclasses.asdict(GanConfig(z=8)), code="x"), GanConfig(z=8))

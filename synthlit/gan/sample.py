@@ -7,7 +7,7 @@ __all__ = ['ENOUGH', 'class_number', 'class_counts', 'interleaved', 'draw', 'wri
            'save_grid', 'show_named', 'Turned', 'judges_of', 'score', 'score_text', 'mixed_labels', 'net_of', 'render',
            'pairs', 'class_interpolation', 'real_images', 'crossover', 'generated', 'diagnostics']
 
-# %% ../../nbs/05c_sampling.ipynb #7e2b01a5
+# %% ../../nbs/05c_sampling.ipynb #dcd0cf47
 from contextlib import contextmanager
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import nn
 from ..core import SettingError, atomic, load_json, nearest, rng, save_json, save_table, show_grid
 from ..generator import Generator, latents, run_blocks
 from ..splits import Split, load_split
+from ..augment import to_bytes
 from ..classifier import CPU, load_classifier
 from .watch import MOST, Watch
 from ..generate import shard_table, write_folder
@@ -166,7 +167,7 @@ def score_text(s: dict, seen: bool = False) -> str:
     if seen: out.append('  this generator was trained on val: all distances flatter it')
     return '\n'.join(out)
 
-# %% ../../nbs/05c_sampling.ipynb #ae870732
+# %% ../../nbs/05c_sampling.ipynb #0df476a5
 @contextmanager
 def mixed_labels(
     net: nn.Module,
@@ -203,7 +204,7 @@ def render(
     net, dev = net_of(g), getattr(g, 'device', 'cpu')
     def make(z, y, other, share):
         with mixed_labels(net, other, share): x = net(z, y)
-        return x.float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+        return to_bytes(x).cpu()
     share = torch.ones(len(y)) if share is None else share
     return run_blocks(make, *[t.to(dev) for t in (z, y, y if other is None else other, share)])
 

@@ -9,7 +9,7 @@ __all__ = ['GAN_PRESETS', 'GanConfig', 'study', 'GanGenerator', 'Packs', 'Shuffl
            'check_finite', 'set_reference', 'train_gan', 'start_processes', 'work_gan', 'stage_splits', 'run_gan',
            'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #fcdbb776
+# %% ../../nbs/03b_gan_training.ipynb #338f7260
 import copy, math, os, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from ..core import (
     SettingError, Stage, global_rng, load_json, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said, save_tensors, show_grid)
 from ..generator import Generator, latents, load_generator, run_blocks
 from ..splits import Split, load_split
-from ..augment import shift_flip
+from ..augment import shift_flip, to_bytes
 from ..classifier import load_classifier, of_rank, rank_and_world, to_device
 from .augment import check_policy, diff_augment
 from .dcgan import DCGAN_KINDS, mixes_batch
@@ -28,7 +28,7 @@ from .losses import FREE, check_discriminator, clip_weights, d_loss, feature_mat
 from .models import Packed, build_gan, build_generator
 from .watch import Watch, animate, collapsed, picture, save_picture, score_accuracy
 
-# %% ../../nbs/03b_gan_training.ipynb #adf67c7b
+# %% ../../nbs/03b_gan_training.ipynb #83d1c106
 @dataclass
 class GanConfig:
     "Everything that may be set about a GAN and its training."
@@ -88,9 +88,9 @@ class GanConfig:
     @property
     def shares(self) -> bool: return self.same_fakes and self.d_steps == self.accumulate == 1
     def continues(self, old: dict) -> tuple:
-        "More steps go on where fewer ended, if the rate is constant and the old end was a regular evaluation."
+        "Another `collapse` goes on (it only says when to stop); more steps too, if the rate is constant and the old end was a regular evaluation."
         same = not (self.decay or self.epochs or old['epochs']) and self.steps >= old['steps']
-        return ('steps',) if same and old['steps'] % self.eval_every == 0 and old['steps'] % self.log_every == 0 else ()
+        return ('steps', 'collapse') if same and old['steps'] % self.eval_every == 0 and old['steps'] % self.log_every == 0 else ('collapse',)
     def check(self, facts: dict):
         "Refuse what cannot be, and what the data cannot give."
         n, base = facts['n_train'], self.classes == 'base' and 'novel' in facts
@@ -145,7 +145,7 @@ GAN_PRESETS = dict(
         augment='flip+rotate90+shift+rotate', augment_p=0.0, eval_every=5000, n_eval=100),
 )
 
-# %% ../../nbs/03b_gan_training.ipynb #1721779e
+# %% ../../nbs/03b_gan_training.ipynb #b0274dc0
 class GanGenerator(Generator):
     "A trained conditional GAN. Dial `std`: scale of the latent (above 1: more variety, GaFi's expansion trick)."
     family, dials = 'synthlit.gan.train:GanGenerator', dict(std=1.)
@@ -163,7 +163,7 @@ class GanGenerator(Generator):
     def sample(self, labels, index, *, seed: int = 0, **dials):
         "uint8 images of the asked candidates."
         std, labels = self.check(labels, index, dials)['std'], torch.as_tensor(labels)
-        draw = lambda z, y: self.net(z.to(self.device), y.to(self.device)).float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+        draw = lambda z, y: to_bytes(self.net(z.to(self.device), y.to(self.device))).cpu()
         return run_blocks(draw, latents(labels, index, self.net.z, seed)*std, labels)
 
 # %% ../../nbs/03b_gan_training.ipynb #31e97b3e
