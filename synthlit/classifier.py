@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIER_PRESETS', 'CPU', 'ClassifierConfig', 'one_cycle', 'learning_rate', 'planned_steps', 'new_optimizer',
-           'update', 'Fixed', 'batches', 'slices', 'shape_of', 'laid_out', 'to_device', 'Classifier', 'load_classifier',
-           'new_net', 'twin', 'shares_of', 'Crew', 'rank_and_world', 'of_rank', 'spread', 'Training', 'blend',
-           'train_classifier', 'refuse_nan', 'save_training', 'cas', 'confusion', 'work_classifier', 'run_classifier']
+           'update', 'Fixed', 'epoch_order', 'batches', 'slices', 'shape_of', 'laid_out', 'to_device', 'Classifier',
+           'load_classifier', 'new_net', 'twin', 'shares_of', 'Crew', 'rank_and_world', 'of_rank', 'spread', 'Training',
+           'blend', 'train_classifier', 'refuse_nan', 'save_training', 'cas', 'confusion', 'work_classifier',
+           'run_classifier']
 
 # %% ../nbs/02_classifier.ipynb #cad9f4b3
 import copy, math, os
@@ -109,7 +110,7 @@ def update(opt: torch.optim.Optimizer, net: nn.Module, r: ClassifierConfig, lr: 
     for g in opt.param_groups: g['lr'] = lr
     opt.step()
 
-# %% ../nbs/02_classifier.ipynb #4b228c58
+# %% ../nbs/02_classifier.ipynb #0174f179
 class Fixed:
     "A source that gives the same images every epoch."
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
@@ -121,13 +122,17 @@ class Fixed:
         "(images, labels) of an epoch."
         return self.images, self.labels
 
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    "The order in which a training with this seed uses the n images of its source in an epoch."
+    return rng(seed, 'classifier.order', epoch).permutation(n)
+
 def batches(source, recipe: ClassifierConfig, machine: dict, start: int):
     "(uint8 images, labels) for every step from `start` on, without end; what they are follows from (seed, step) alone."
     batch = min(recipe.batch, len(source))
     epoch, first = divmod(start, per_epoch := max(1, len(source)//batch))
     while True:
-        order = rng(recipe.seed, 'classifier.order', epoch).permutation(len(source))
-        if hasattr(source, 'batches'): yield from source.batches(order[:per_epoch*batch], batch, first)
+        order = epoch_order(recipe.seed, epoch, len(source))
+        if hasattr(source, 'batches'): yield from source.batches(order[:per_epoch*batch], batch, first, epoch)
         else: yield from slices(source.epoch(epoch), order, batch, range(first, per_epoch), machine['device'])
         epoch, first = epoch + 1, 0
 

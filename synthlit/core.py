@@ -350,7 +350,7 @@ class TensorBoard:
         "Write a picture."
         self.writer.add_image('picture', image, step)
 
-# %% ../nbs/00a_core.ipynb #9b00e38b
+# %% ../nbs/00a_core.ipynb #ed1b4f44
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
     "Where a stage lives and what flows in and out of it."
@@ -368,6 +368,7 @@ STAGES = dict(
     fewshot=StageSpec('04a_fewshot', 'fewshot', 'generator', ('splits', 'classifier', 'generator')),
     generate=StageSpec('05b_generate', 'generate', 'set', ('splits', 'generator')),
     filter=StageSpec('06_filter', 'filter', 'accepted', ('splits', 'classifier', 'generator')),
+    search=StageSpec('06c_search', 'search', 'accepted', ('splits', 'classifier', 'generator')),
     multigen=StageSpec('07_multigen', 'multigen', 'mixture', ('splits', 'classifier', 'generator', 'accepted'), joins=True),
     evaluate=StageSpec('08a_evaluate', 'evaluate', 'scores', ('splits', 'classifier'), ('set', 'accepted', 'mixture', 'generator'), joins=True),
     report=StageSpec('08c_report', 'report', 'report', ('splits',), ('classifier', 'generator', 'set', 'accepted', 'mixture', 'scores'), joins=True),
@@ -504,7 +505,7 @@ def check_same_splits(inputs: dict):
             raise SettingError(f'contradicting splits: {" and ".join(map(str, by.values()))} saw {name} cut differently; '
                                'their images may overlap with val or test')
 
-# %% ../nbs/00a_core.ipynb #77be9862
+# %% ../nbs/00a_core.ipynb #611cbd9f
 class Stage:
     "An open stage: its folder, inputs, settings, history and progress. Made by `open_stage`."
     def __init__(self, stage, run, folder, cfg, inputs, identity, lock, machine):
@@ -551,7 +552,7 @@ class Stage:
 
 def is_artefact(path: Path) -> bool:
     "Does this file of a stage folder count for its digest? Not the notebook, the checkpoints, progress, or anything that holds times."
-    return (path.name not in ('manifest.json', 'stage.json', 'progress.json', 'notebook.ipynb', 'report.html')
+    return (path.name not in ('manifest.json', 'stage.json', 'progress.json', 'times.json', 'notebook.ipynb', 'report.html')
             and path.parts[0] not in ('checkpoints', 'tb') and not path.name.startswith('.'))
 
 # %% ../nbs/00a_core.ipynb #624e3724

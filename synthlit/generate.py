@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['GENERATE_PRESETS', 'GenerateConfig', 'addresses', 'shard_table', 'write_shards', 'holds', 'load_set', 'write_folder',
-           'per_class_of', 'work_generate', 'run_generate']
+           'per_class_of', 'dials_of', 'work_generate', 'run_generate']
 
-# %% ../nbs/05b_generate.ipynb #96aaeb21
+# %% ../nbs/05b_generate.ipynb #d3b24558
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 import numpy as np, pyarrow as pa, torch
-from .core import DamagedFile, Stage, atomic, load_table, open_stage, preset_of, resolve, said, save_table, show_grid
+from .core import DamagedFile, SettingError, Stage, atomic, load_table, open_stage, preset_of, resolve, said, save_table, show_grid
 from .generator import Generator, load_generator
 from .data import DataError, class_folders, columns_of, decode_all, encode, images_in, parquet_cells, path_cells, safe_name
 from .splits import load_split
 import synthlit.gan.train  # its sampler makes these images: a change of it changes this stage's key
 
-# %% ../nbs/05b_generate.ipynb #e6dc2b1d
+# %% ../nbs/05b_generate.ipynb #84ef02c6
 @dataclass
 class GenerateConfig:
     "Settings of a synthetic data set."
     per_class: Annotated[int | None, (1, None)] = None  # images per class; None = as many as the real training split has on average
-    std: Annotated[float | None, (0, 10)] = None  # the generator's dial: spread of the latent; None = its default
+    std: Annotated[float | None, (0.001, 10)] = None  # the generator's dial: spread of the latent; None = its default
+    dials: dict = field(default_factory=dict)  # any of the generator's dials, e.g. {std: [1, 1.5], truncation: 2, standing: 16}
     shard: Annotated[int, (1, None)] = 10000  # images per Parquet shard
     folder: Annotated[int, (0, None)] = 20  # images per class that are also written as PNG files
     seed: Annotated[int, (0, None)] = 0  # candidates are addressed by (seed, class, index)
@@ -93,10 +94,15 @@ def write_folder(folder, images, labels, index, classes: list):
         if not path.exists():
             with atomic(path) as tmp: tmp.write_bytes(encode(x))
 
-# %% ../nbs/05b_generate.ipynb #1db73094
+# %% ../nbs/05b_generate.ipynb #0a94a4ba
 def per_class_of(cfg_per_class, train) -> int:
     "Images per class: as asked, or as many as the real training split has on average (GaFi's class_samples)."
     return cfg_per_class or len(train)//len(train.classes)
+
+def dials_of(cfg) -> dict:
+    "What the settings turn at the generator."
+    if cfg.std is not None and 'std' in cfg.dials: raise SettingError(f'std = {cfg.std} and dials = {cfg.dials}: say std once')
+    return cfg.dials if cfg.std is None else {**cfg.dials, 'std': cfg.std}
 
 def work_generate(cfg: GenerateConfig, facts: dict) -> dict:
     "Rough work of the stage: images sampled, bytes written."
@@ -107,7 +113,7 @@ def run_generate(stage: Stage) -> dict:
     "The stage: draw the plain set of one generator."
     cfg, train = stage.cfg, load_split(stage.input('splits'), 'train')
     g = load_generator(stage.input('generator'), stage.device)
-    n, dials = per_class_of(cfg.per_class, train), {} if cfg.std is None else dict(std=cfg.std)
+    n, dials = per_class_of(cfg.per_class, train), dials_of(cfg)
     y, i = addresses(g.trained, n)
     write_shards(stage.dir, g, y, i, cfg.seed, cfg.shard, stage.track, **dials)
     some = i < cfg.folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'Net', 'Mean', 'size_of', 'conv', 'OptionA', 'Block', 'he_normal', 'cifar_resnet', 'projection',
            'resnet18', 'summary', 'small', 'pooled', 'fast', 'build_net', 'timm_with', 'timm_net', 'own_maker',
-           'own_net', 'check_net', 'Tapped', 'with_features']
+           'own_net', 'check_net', 'Tapped', 'with_features', 'forward_flops']
 
 # %% ../nbs/00e_networks.ipynb #50e02c10
 import importlib, re
@@ -177,3 +177,16 @@ def with_features(net: nn.Module) -> Tapped:
     linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
     if not linear: raise SettingError(f'{type(net).__name__} has no linear layer to take features from: give it a method `features`')
     return Tapped(net, linear[-1])
+
+# %% ../nbs/00e_networks.ipynb #c24cf1f7
+def forward_flops(
+    net: nn.Module,
+    shape,  # (C, H, W) of an image
+) -> int:
+    "Floating-point operations of convolutions and products (2 for a multiply-add) in one forward pass of one image."
+    from torch.utils.flop_counter import FlopCounterMode
+    was, p = net.training, next(net.parameters())
+    net.eval()
+    with FlopCounterMode(display=False) as count, torch.no_grad(): net(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+    net.train(was)
+    return count.get_total_flops()

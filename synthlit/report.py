@@ -7,10 +7,10 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'SECTIONS', 'Re
            'ci', 'span', 'bars', 'zoom', 'dots', 'table', 'svg', 'curves', 'fit_tile', 'canvas', 'data_uri', 'grid',
            'headline_row', 'headline', 'against_floor', 'Folder', 'how_far', 'look', 'survey', 'RunView', 'attempt',
            'missing', 'score_bars', 'tile', 'headline_section', 'chance', 'score_table', 'table_section', 'first',
-           'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'filter_part', 'filter_section',
-           'mixture_section', 'has', 'curves_section', 'fewshot_section', 'splits_section', 'optimism_part',
-           'openings_part', 'leak_part', 'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part',
-           'page', 'make_report', 'compare_runs', 'work_report', 'run_report']
+           'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words', 'filter_part',
+           'filter_section', 'mixture_section', 'has', 'curves_section', 'fewshot_section', 'splits_section',
+           'optimism_part', 'openings_part', 'leak_part', 'honesty_section', 'times_part', 'provenance_section',
+           'section', 'state_part', 'page', 'make_report', 'compare_runs', 'work_report', 'run_report']
 
 # %% ../nbs/08c_report.ipynb #d09d502c
 import base64, functools, html, io, json, re, time
@@ -70,7 +70,7 @@ def span(seconds: float) -> str:
     s = round(seconds)
     return f'{seconds:.1f} s' if seconds < 10 else f'{s} s' if s < 120 else f'{s//60} min' if s < 7200 else f'{s//3600} h {s % 3600//60:02d} min'
 
-# %% ../nbs/08c_report.ipynb #8830d251
+# %% ../nbs/08c_report.ipynb #b23c9bff
 STYLE = '''
 .report{--ink:#1b2430;--soft:#5b6675;--line:#dde2e8;--card:#f5f7f9;--paper:#fff;--real:#7a8794;--floor:#aeb8c2;--synthetic:#3b7dc4;\
 --filtered:#17927b;--mixture:#d5741a;--bad:#b3261e;
@@ -100,7 +100,7 @@ background:var(--c,var(--synthetic))}
 .report .bars.solid .whisk{background:var(--ink)}.report .ref{width:0;border-left:1.5px dashed var(--real)}\
 .report .scale{background:none;font-size:.75rem;color:var(--soft);display:flex;justify-content:space-between}
 .report .real{--c:var(--real)}.report .floor{--c:var(--floor)}.report .synthetic{--c:var(--synthetic)}.report .filtered{--c:var(--filtered)}\
-.report .mixture{--c:var(--mixture)}
+.report .mixture,.report .taught,.report .with-real{--c:var(--mixture)}
 .report .figs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18.5rem),1fr));gap:1.3rem;margin:1rem 0;align-items:start}\
 .report figure{margin:0;min-width:0}.report figcaption{margin:.2rem 0 .35rem;overflow-wrap:anywhere}.report figcaption b{color:var(--ink)}
 .report .grid{display:flex;gap:.5rem}\
@@ -463,7 +463,7 @@ def samples_section(v: RunView):
             el('div', figs, class_='figs'),
             el('p', f'Not pictured: {"; ".join(left)}.', class_='note') if left else None, None if gens else missing('a generator')]
 
-# %% ../nbs/08c_report.ipynb #f3e21f70
+# %% ../nbs/08c_report.ipynb #13a5fb53
 def filter_figs(f: Folder, v: RunView) -> list:
     "Kept and rejected images of a filter stage, class by class."
     g, kept, r = load_accepted(f.path)
@@ -475,13 +475,18 @@ def filter_figs(f: Folder, v: RunView) -> list:
         figs.append(grid(by_class(x, y, v.shown), v.names(), [el('b', words), f' by {f.name}'], v.cfg.samples, v.cfg.tile))
     return figs
 
+def chosen_words(r: dict) -> str:
+    "The settings of a filter or a search in words."
+    spread = f'std {r["std"]:g}, ' if 'std' in r else f'std {r["dials"]["std"]}, ' if 'std' in r['dials'] else ''
+    return f'{r["ckpt"] + " checkpoint, " if "ckpt" in r else ""}{spread}{r["rule"]} τ = {r["tau"]:g}'
+
 def filter_part(f: Folder, v: RunView, pictures: bool) -> list:
     "One filter stage: choice, pictures, acceptance per class, ledger."
     r, names = f.result, v.train.classes
     ledger = load_table(f.path/'ledger.parquet').to_pylist()
-    chosen = next((i for i, t in enumerate(ledger) if t['tau'] == r['tau']), None)
+    chosen = next((i for i, t in enumerate(ledger) if t['trial'] == r['chosen']), None)
     short = sum(s['fallback'] for s in r['stats'])
-    text = (f'Generator {r["generator"]}. Chosen on val: τ = {r["tau"]:g}, which accepts {r["acceptance"]:.0%} of the candidates; '
+    text = (f'Generator {r["generator"]}. Chosen on val: {chosen_words(r)}, which accepts {r["acceptance"]:.0%} of the candidates; '
             f'{r["per_class"]:,} images per class are kept')
     text += f', {short:,} of them fall-backs (the likeliest of the rejected, where a class ran short).' if short else '; no class ran short.'
     rates = [dict(label=names[s['label']], value=s['acceptance'], text=f'{s["acceptance"]:.0%}', kind='filtered') for s in r['stats']]
@@ -490,14 +495,14 @@ def filter_part(f: Folder, v: RunView, pictures: bool) -> list:
             el('div', filter_figs(f, v), class_='figs') if pictures else None,
             el('details', el('summary', 'Share of candidates accepted, per class'), bars(rates, end=1.),
                open='' if len(rates) <= 20 and pictures else None),
-            table(['τ tried', 'accepted', 'fall-backs', 'val accuracy of a short training'],
-                  [[f'{t["tau"]:g}', f'{t["acceptance"]:.0%}', t['fallback'], f'{percent(t["val_accuracy"], 2)} %'] for t in ledger], chosen)]
+            table(['tried', 'steps', 'val accuracy of a short training'],
+                  [[chosen_words({**r, **t}), t['steps'], f'{percent(t["val_accuracy"], 2)} %'] for t in ledger], chosen)]
 
 def filter_section(v: RunView):
     "Every filter stage; the first few with pictures."
     if not v.of('accepted'): return missing('a filter')
-    intro = ('A candidate of class c is kept if the real classifier (trained on train only) finds c most likely, '
-             'with a probability above τ. In bold: the threshold that val chose.')
+    intro = ('A candidate of class c is kept if a rule says so; "confident" is GaFi\'s: the real classifier (trained on train only) '
+             'finds c most likely, with a probability above τ. In bold: what val chose.')
     return [el('p', intro, class_='note'), [attempt(filter_part, f, v, i < v.cfg.pictured) for i, f in enumerate(v.of('accepted'))]]
 
 # %% ../nbs/08c_report.ipynb #b12a3b8d

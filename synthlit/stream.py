@@ -62,7 +62,7 @@ def local_order(order: np.ndarray, group: np.ndarray | None) -> np.ndarray:
     np.minimum.at(first, group[order], np.arange(len(order)))
     return order[np.argsort(first[group[order]], kind='stable')]
 
-# %% ../nbs/01c_stream.ipynb #8d671c12
+# %% ../nbs/01c_stream.ipynb #2e249a66
 def stack(items: list) -> tuple:
     "One batch: uint8 N×C×H×W and int64 N."
     return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
@@ -89,7 +89,7 @@ class Streamed:
         self.data, self.workers = Labelled(images, np.asarray(labels)), cores() if workers is None else workers
         self.shape = self.data.shape
     def __len__(self): return len(self.data.labels)
-    def batches(self, order: np.ndarray, batch: int, first: int = 0):
+    def batches(self, order: np.ndarray, batch: int, first: int = 0, epoch: int = 0):
         "Batches of an epoch whose images come in `order`, from number `first` on."
         order = local_order(order, self.data.images.group)
         lists = [order[i:i + batch] for i in range(first*batch, len(order) - batch + 1, batch)]

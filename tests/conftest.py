@@ -19,8 +19,9 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
         "fewshot": {"mode": "linear", "steps": 10, "eval_every": 10, "n_eval": 10},
         "generate": {"uses": "gan-seed0", "per_class": 20, "folder": 2},
         "filter": {"uses": "gan", "per_class": 20, "draws": 2},
+        "search": {"uses": "gan-seed0", "per_class": 20, "draws": 2, "trials": 2, "halvings": 0},
         "multigen": {"per_class": 20},
-        "evaluate": {"seeds": [0], "n_measure": 100},
+        "evaluate": {"seeds": [0], "n_measure": 100, "recycle": 1},
         "report": {},
     },
 }

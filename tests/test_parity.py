@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from synthlit.classifier import one_cycle
 from synthlit.core import DamagedFile, global_rng, randn, rng
-from synthlit.filter import Pool, accept, confident
+from synthlit.filter import Pool, Scores, accept, keep_rule
 from synthlit.generator import BLOCK, latents
 from synthlit.metrics import InceptionFeatures, Moments, fid, frechet_distance, frechet_from_moments, inception_score, kid, prdc
 from synthlit.splits import SplitsConfig, cut_data, fewshot_split, load_data, stratified
@@ -272,13 +272,13 @@ def test_parts_of_digits_are_disjoint_and_whole():
 # ---- GaFi's keep-rule
 
 
-class Scores:
-    """A generator of class 0 whose images are only numbers, and a classifier that gives them these probabilities."""
+class Told:
+    """A generator of class 0 whose images are only numbers, and a classifier that gives them these probabilities; all later ones are hopeless."""
 
     trained = [0]
 
     def __init__(self, p):
-        self.p = torch.tensor(p)
+        self.p = torch.cat([torch.tensor(p), torch.tensor([[0.0] * (len(p[0]) - 1) + [1.0]]).expand(1000, -1)])
 
     def sample(self, labels, index, **_):
         return index
@@ -287,24 +287,29 @@ class Scores:
         return self.p[index]
 
 
+def accepted(p, tau: float, per_class: int, draws: int):
+    """What GaFi's rule accepts of candidates with these probabilities."""
+    return accept(Pool(Told(p), Scores(Told(p)), 0, {}), keep_rule("confident", tau), per_class, draws)
+
+
 def test_keep_rule_is_strict_and_needs_the_top_class():
     p = [[0.5, 0.5], [0.75, 0.25], [0.25, 0.75], [0.5625, 0.4375], [0.875, 0.125], [0.75, 0.25]]
-    keep = lambda tau: confident(torch.tensor(p), torch.zeros(6, dtype=torch.int64), tau).tolist()
+    zeros = torch.zeros(6, dtype=torch.int64)
+    keep = lambda tau: keep_rule("confident", tau)(None, zeros, Scores(Told(p))(torch.arange(6), zeros)).tolist()
     assert keep(0.75) == [False, False, False, False, True, False]  # above, not at, the threshold
     assert keep(0.5) == [False, True, False, True, True, True]  # p_c = 1/2 is not above 1/2
     assert keep(0.0) == [True, True, False, True, True, True]  # argmax takes the first of equals
-    rows, stats = accept(Pool(Scores(p), Scores(p), 0, {}), 0.5, 3, draws=2)
+    rows, stats = accepted(p, 0.5, 3, 2)
     assert rows["index"].tolist() == [1, 3, 4] and rows["passed"].all() and stats[0]["fallback"] == 0  # the first three accepted, in order
-    rows, stats = accept(Pool(Scores(p), Scores(p), 0, {}), 0.75, 3, draws=2)
+    rows, stats = accepted(p, 0.75, 3, 2)
     assert rows["index"].tolist() == [4, 1, 5] and rows["passed"].tolist() == [True, False, False] and stats[0]["fallback"] == 2  # then the likeliest
 
 
 def test_keep_rule_of_the_pool_is_gafis():
-    r = np.random.default_rng(0)
-    p = torch.from_numpy(r.dirichlet([0.3] * 4, 200)).float()
+    p = np.random.default_rng(0).dirichlet([0.3] * 4, 200).astype(np.float32)
     for tau in (0.0, 0.3, 0.9):
-        rows, _ = accept(Pool(Scores(p.tolist()), Scores(p.tolist()), 0, {}), tau, 20, draws=10)
-        good = torch.nonzero(confident(p, torch.zeros(200, dtype=torch.int64), tau))[:20, 0].tolist()
+        rows, _ = accepted(p.tolist(), tau, 20, draws=10)
+        good = np.flatnonzero((p.argmax(1) == 0) & (p[:, 0] > np.float32(tau)))[:20].tolist()
         assert rows["index"][rows["passed"]].tolist() == good
 
 

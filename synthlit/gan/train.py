@@ -9,7 +9,7 @@ __all__ = ['GAN_PRESETS', 'GanConfig', 'study', 'GanGenerator', 'Packs', 'Shuffl
            'check_finite', 'set_reference', 'train_gan', 'start_processes', 'work_gan', 'stage_splits', 'run_gan',
            'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #338f7260
+# %% ../../nbs/03b_gan_training.ipynb #5fac5396
 import copy, math, os, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ import numpy as np, torch
 from torch import nn
 from ..core import (
     SettingError, Stage, global_rng, load_json, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said, save_tensors, show_grid)
-from ..generator import Generator, latents, load_generator, run_blocks
+from ..generator import Generator, latents, load_generator, run_blocks, turned
 from ..splits import Split, load_split
 from ..augment import shift_flip, to_bytes
 from ..classifier import load_classifier, of_rank, rank_and_world, to_device
@@ -145,13 +145,14 @@ GAN_PRESETS = dict(
         augment='flip+rotate90+shift+rotate', augment_p=0.0, eval_every=5000, n_eval=100),
 )
 
-# %% ../../nbs/03b_gan_training.ipynb #b0274dc0
+# %% ../../nbs/03b_gan_training.ipynb #f7c1762a
 class GanGenerator(Generator):
-    "A trained conditional GAN. Dial `std`: scale of the latent (above 1: more variety, GaFi's expansion trick)."
-    family, dials = 'synthlit.gan.train:GanGenerator', dict(std=1.)
+    "A trained conditional GAN. Dials: `std` and `truncation` of the latent (see `turned`), `standing` passes that measure the batch norms anew."
+    family, dials = 'synthlit.gan.train:GanGenerator', dict(std=1., truncation=0., standing=0)
     def __init__(self, net: nn.Module, classes: list, shape, trained: list, made: dict, device='cpu'):
         self.net, self.classes, self.shape, self.trained, self.made, self.device = (
             net.eval().to(device), list(classes), tuple(shape), list(trained), dict(made), device)
+        self.measured: tuple = (0, None)
     def state(self) -> tuple: return self.net.state_dict(), dict(made=self.made)
     @classmethod
     def from_state(cls, tensors, meta, device='cpu'):
@@ -162,9 +163,15 @@ class GanGenerator(Generator):
     @torch.no_grad()
     def sample(self, labels, index, *, seed: int = 0, **dials):
         "uint8 images of the asked candidates."
-        std, labels = self.check(labels, index, dials)['std'], torch.as_tensor(labels)
-        draw = lambda z, y: to_bytes(self.net(z.to(self.device), y.to(self.device))).cpu()
-        return run_blocks(draw, latents(labels, index, self.net.z, seed)*std, labels)
+        d, labels = self.check(labels, index, dials), torch.as_tensor(labels)
+        net, own = self.standing(d['standing']), torch.special.ndtr(latents(labels, index, 1, seed))  # a uniform number for each candidate
+        draw = lambda z, y: to_bytes(net(z.to(self.device), y.to(self.device))).cpu()
+        return run_blocks(draw, turned(latents(labels, index, self.net.z, seed), d['std'], d['truncation'], own), labels)
+    def standing(self, passes: int) -> nn.Module:
+        "The network, or a copy whose batch norms were measured with so many passes; the last copy is kept."
+        if not passes: return self.net
+        if self.measured[0] != passes: self.measured = passes, standing_statistics(copy.deepcopy(self.net), self.trained, passes, 0)
+        return self.measured[1]
 
 # %% ../../nbs/03b_gan_training.ipynb #31e97b3e
 class Packs:

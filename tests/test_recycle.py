@@ -1,0 +1,222 @@
+"""Sets that change while they are used, and searches: what a killed one goes on with is what an unbroken one has; nothing is tried twice."""
+
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from synthlit.classifier import CLASSIFIER_PRESETS, ClassifierConfig, Fixed, epoch_order, train_classifier
+from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, preset_of, resolve, small_stage
+from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
+from synthlit.generator import Generator, fit_floor
+from synthlit.pipeline import main
+from synthlit.recycle import ImageSet, Member, Recycled, load_member, share_out, stream_class
+from synthlit.search import SEARCH_PRESETS, SearchConfig, fast_search, kept_checkpoints, published_search
+from synthlit.splits import SplitsConfig, cut_data, load_data, load_split
+
+RECIPE = resolve(ClassifierConfig, CLASSIFIER_PRESETS["tiny"], dict(batch=16, seed=3))
+
+
+@pytest.fixture(scope="module")
+def floor():
+    """A Gaussian floor of the digits, and a classifier to filter with."""
+    parts = cut_data(load_data(SplitsConfig()), SplitsConfig())
+    train = parts["train"]
+    judge = train_classifier(Fixed(train.images, train.labels), RECIPE, train.classes, 150)
+    return fit_floor(train.images, train.labels, train.classes, 2, 16), judge, train
+
+
+def member(floor, tau=0.5, **more) -> Member:
+    g, judge, _ = floor
+    return Member(g, keep_rule("confident", tau), Scores(judge), dict(std=1.3), **more)
+
+
+def weights(c) -> str:
+    return digest(*[x for k, v in c.net.state_dict().items() for x in (k, v)])
+
+
+@pytest.mark.parametrize("how", [dict(), dict(factor=0.5), dict(period=2, factor=0.3)])
+def test_a_killed_training_on_a_changing_set_goes_on_to_the_same_bits(floor, tmp_path, how):
+    make = lambda: Recycled([member(floor), member(floor, 0.0, seed=2)], 6, RECIPE.seed, shares=[2, 1], **how)
+    steps, classes = 12, floor[0].classes  # three batches an epoch
+    good = weights(train_classifier(make(), RECIPE, classes, steps))
+    for stop in range(1, steps):
+        kept = Checkpoints(tmp_path / f"{stop}")
+
+        def until(it, *_, n=stop):
+            for i in it:
+                if i == n:
+                    raise KeyboardInterrupt
+                yield i
+
+        with pytest.raises(KeyboardInterrupt):
+            train_classifier(make(), RECIPE, classes, steps, checkpoints=kept, track=until, every=1)
+        assert weights(train_classifier(make(), RECIPE, classes, steps, checkpoints=kept, every=1)) == good
+
+
+def test_the_first_generation_is_the_filtered_set(floor):
+    m = member(floor, 0.8)
+    rows, _ = accept(Pool(m.g, m.scores, m.seed, m.dials), m.rule, 20, m.draws)
+    want, y = images_at(m.g, rows, m.seed, m.dials)
+    got, labels = Recycled([m], 20, 0).epoch(0)
+    assert torch.equal(labels, y) and torch.equal(got, want)
+
+
+def test_no_candidate_is_used_twice_and_totals_are_exact(floor):
+    source = Recycled([member(floor), member(floor, 0.9, draws=2, seed=5)], 7, 0, shares=[0.4, 0.6])
+    sets = [source.epoch(e)[0].clone() for e in range(4)]
+    assert len(torch.unique(torch.cat(sets).flatten(1), dim=0)) == 4 * 70
+    assert all(np.bincount(source.member[source.labels.numpy() == c], minlength=2).tolist() in ([3, 4], [2, 5]) for c in range(10))
+
+
+def test_a_set_that_is_left_early_is_built_anew(floor):
+    source = Recycled([member(floor)], 6, 0)
+    feed = source.batches(epoch_order(0, 0, 60), 16, 0, 0)
+    next(feed), feed.close()  # new images were moving in already
+    assert torch.equal(source.epoch(0)[0], Recycled([member(floor)], 6, 0).epoch(0)[0])
+
+
+def test_new_images_move_in_while_the_old_ones_are_used(floor):
+    """The generator must have been at work before the epoch ends, and only where the epoch has been."""
+    seen = []
+
+    class Slow(Generator):
+        trained, classes, shape, dials = [0], ["a"], (1, 2, 2), {}
+
+        def sample(self, labels, index, *, seed=0, **dials):
+            seen.append((threading.current_thread() is threading.main_thread(), int(index[0])))
+            return torch.full((len(index), 1, 2, 2), int(index[0]) // 128, dtype=torch.uint8)
+
+    source = Recycled([Member(Slow())], 256, 0)
+    feed = source.batches(order := epoch_order(0, 0, 256), 64, 0, 0)
+    for _ in range(3):
+        x, _ = next(feed)
+        assert (x <= 1).all()  # generation 0 is candidates 0 to 255
+    for _ in range(200):
+        if (source.images[order[:128]] >= 2).all():
+            break
+        time.sleep(0.02)
+    assert (source.images[order[:128]] >= 2).all() and (source.images[order[192:]] <= 1).all()
+    assert not any(main for main, _ in seen)
+    feed.close()
+
+
+def test_a_class_that_is_never_believed_ends_as_was_asked(floor):
+    for short in ("likeliest", "any"):
+        m = member(floor, 0.999, short=short, draws=2)
+        assert len(list(stream_class(m, 3, 0, 10, tally := {}))) == 10 and tally["fallback"] > 0
+    with pytest.raises(RuntimeError, match="class 3: .* images are lacking"):
+        list(stream_class(member(floor, 0.999, short="stop", draws=2), 3, 0, 10, {}))
+
+
+def test_what_cannot_be_recycled_is_refused(floor):
+    g, judge, train = floor
+    small = ImageSet(train.images[:, :, :4, :4], train.labels, train.classes)
+    for bad, why in (([member(floor), Member(small)], "one size"), ([member(floor)], "shares")):
+        with pytest.raises(SettingError, match=why):
+            Recycled(bad, 4, 0, shares=[1, 1])
+    for shares in ([0, 0], [-1, 2], [float("nan"), 1]):
+        with pytest.raises(SettingError, match="not all 0"):
+            share_out(5, shares)
+
+
+def test_rules_depend_on_nothing_but_the_candidate_and_its_window(floor):
+    g, judge, train = floor
+    scores = Scores(judge, [judge], judge.features(train.images))
+    for name in RULES:
+        a, b = [Pool(g, scores, 0, dict(std=1.3), chunk) for chunk in (128, 512)]
+        rule = keep_rule(name, 0.4)
+        assert torch.equal(a.kept(4, 0, 512, rule), torch.cat([b.kept(4, i, i + 128, rule) for i in range(0, 512, 128)]))
+        assert 0 < a.kept(4, 0, 512, rule).float().mean() <= 1
+    pool = Pool(g, scores, 0, {})
+    per_window = pool.kept(4, 0, 512, keep_rule("best_share", 0.25)).view(-1, 128).sum(1)
+    assert per_window.tolist() == [32] * 4
+
+
+# ---- the search
+
+
+class Ledger:
+    """A searcher whose answers are computed, not trained: it notes what was asked."""
+
+    def __init__(self, cfg, ckpts=("best", "100")):
+        self.cfg, self.ckpts, self.asked = cfg, dict.fromkeys(ckpts, ""), []
+        self.generator = lambda ckpt: type("G", (), dict(dials=dict(std=1.0)))
+
+    def worth(self, s, share):
+        self.asked.append((*s.values(), round(share, 4)))
+        return 0.5 * (s["ckpt"] == "100") - abs(s["std"] - 1.3) - abs(s["tau"] - 0.4) + 0.01 * share
+
+
+def test_the_published_search_walks_the_published_grids():
+    cfg = resolve(SearchConfig, preset_of(SEARCH_PRESETS, "gafi"))
+    best = published_search(s := Ledger(cfg, [str(e) for e in range(150, 501, 10)][:-1] + ["100"]))
+    assert len(s.asked) == 36 + 21 + 10 and {a[-1] for a in s.asked} == {1.0}
+    assert best == dict(ckpt="100", std=1.3, rule="confident", tau=0.4)
+    assert all(a[1:] == (1.0, "confident", 0.0, 1.0) for a in s.asked[:36])  # checkpoints at std 1, threshold 0
+    alone = published_search(s := Ledger(resolve(SearchConfig, SEARCH_PRESETS["gafi"], dict(only=["tau"]))))
+    assert len(s.asked) == 10 and alone["ckpt"] == "best" and alone["tau"] == 0.4  # a step on its own
+
+
+def test_the_fast_search_asks_less_and_the_same_each_time():
+    cfg = resolve(SearchConfig, dict(stds=[1.0, 1.15, 1.3, 1.5], taus=[0.0, 0.2, 0.4, 0.6], trials=20))
+    a, b = Ledger(cfg), Ledger(cfg)
+    assert fast_search(a) == fast_search(b) and a.asked == b.asked
+    assert a.asked[0] == ("best", 1.0, "confident", 0.0, round(0.25 / 9, 4))  # the plain setting first, and shortly
+    looks = [sum(x[-1] == round(s, 4) for x in a.asked) for s in (0.25 / 9, 0.25 / 3, 0.25)]
+    assert looks[0] == 20 and looks[0] > looks[1] >= looks[2] > 0
+    best = fast_search(Ledger(cfg))
+    assert best["ckpt"] == "100" and abs(best["std"] - 1.3) + abs(best["tau"] - 0.4) < 0.41
+
+
+def test_a_search_that_was_killed_repeats_no_trial(tiny_copy):
+    """The folder of a finished search with its last trial and all that followed taken away: the same ledger, the same choice."""
+    folder = tiny_copy / "search"
+    ledger, result, before = load_table(folder / "ledger.parquet").to_pylist(), load_json(folder / "result.json"), load_json(folder / "manifest.json")
+    first = {p.name: p.stat().st_mtime_ns for p in (folder / "trials").glob("*")}
+    from synthlit.core import save_table
+
+    save_table(folder / "ledger.parquet", ledger[:-1])
+    for gone in ("manifest.json", "result.json", "accepted.parquet"):
+        (folder / gone).unlink()
+    (folder / "trials" / f"{ledger[-1]['trial']}.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoints" / ledger[-1]["trial"], ignore_errors=True)
+    assert main(["run", str(tiny_copy / "params.yaml"), "--out", str(tiny_copy), "--only", "search"]) == 0
+    assert load_table(folder / "ledger.parquet").to_pylist() == ledger and load_json(folder / "result.json") == result
+    assert load_json(folder / "manifest.json")["digest"] == before["digest"]
+    assert {p.name for p in (folder / "trials").glob("*") if first[p.name] == p.stat().st_mtime_ns} == set(first) - {
+        f"{ledger[-1]['trial']}.safetensors"
+    }
+
+
+def test_checkpoints_that_were_not_kept_are_named(tiny_run):
+    with pytest.raises(SettingError, match="kept no generator '500', only best, last"):
+        kept_checkpoints(tiny_run.run / "gan-seed0", ["best", "500"])
+
+
+def test_a_stage_s_member_makes_what_the_stage_accepted(tiny_run):
+    from synthlit.classifier import load_classifier
+    from synthlit.filter import load_accepted
+
+    train = load_split(tiny_run.run / "splits", "train")
+    for name in ("search", "filter-seed0"):
+        g, rows, r = load_accepted(tiny_run.run / name)
+        m = load_member(tiny_run.run / name, load_classifier(tiny_run.run / "classifier"), train)
+        want, y = images_at(g, rows, r["seed"], r["dials"])
+        got, labels = Recycled([m], r["per_class"], 0).epoch(0)
+        assert torch.equal(got, want) and torch.equal(labels, y)
+
+
+def test_recycled_rows_are_in_the_table(tiny_run):
+    rows = {r["row"]: r for r in load_json(tiny_run.run / "evaluate" / "result.json")["table"]}
+    assert {"mixture", "mixture, recycled", "filtered, recycled (search)", "filtered, recycled (filter-seed0)"} <= set(rows)
+    assert len(list((tiny_run.run / "evaluate" / "classifiers").glob("*"))) == len(load_table(tiny_run.run / "evaluate" / "scores.parquet"))
+
+
+def test_a_recycled_evaluation_with_a_teacher_and_real_images(tiny_copy):
+    small_stage(tiny_copy, "evaluate", "more", dict(set=[], accepted=[], mixture=["multigen"]), seeds=[0], n_measure=50, teacher=True, real_share=0.3)
+    rows = {r["row"]: r["kind"] for r in load_json(tiny_copy / "more" / "result.json")["table"]}
+    assert rows["mixture, taught"] == "taught" and rows["mixture, 30% real"] == "with-real"
