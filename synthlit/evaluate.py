@@ -114,7 +114,7 @@ def recycled_rows(stage: Stage, train: Split, classifier, steps: int) -> dict:
             out[f'mixture, {c.real_share:.0%} real{tail}'] = ('with-real', lambda a=with_real: make(*a))
     return out
 
-# %% ../nbs/08a_evaluate.ipynb #75952c99
+# %% ../nbs/08a_evaluate.ipynb #251474b0
 def row_path(stage: Stage, row: str, seed: int) -> Path:
     "Where the classifier of a row and seed is kept."
     return stage.dir/'classifiers'/f'{re.sub(r"[(),%]", "", row).replace(" ", "-")}-seed{seed}.safetensors'
@@ -127,7 +127,8 @@ def train_row(stage: Stage, row: str, seed: int, data, classifier, steps: int, t
     if row == 'real' and seed == classifier.recipe.seed and alike: c = classifier  # the same recipe on the same images: trained once
     else:
         source, recipe = data(seed) if callable(data) else Fixed(*data), replace(classifier.recipe, seed=seed)
-        c = train_classifier(source, recipe, classifier.classes, steps, machine=machine, checkpoints=Checkpoints(stage.dir/'checkpoints'/path.stem), track=track)
+        kept = Checkpoints(stage.dir/'checkpoints'/path.stem)
+        c = train_classifier(source, recipe, classifier.classes, steps, machine=machine, checkpoints=kept, track=track)
     c.save(path)
 
 def measures(images: torch.Tensor, labels: torch.Tensor, val: Split, classifier, cfg: EvaluateConfig) -> dict:
