@@ -21,7 +21,7 @@ test: .venv/.installed-dev ## all checks, in the order below (CI runs this); WOR
 	  echo "== $$c ($$(($$(date +%s) - s)) s so far)"; $(MAKE) --no-print-directory $$c || { echo "== $$c FAILED"; exit 1; }; done
 
 bench: .venv/.installed-dev ## our speed beside public peers
-	$(V)/python tests/bench.py
+	$(V)/python tests/bench.py 1 2
 	$(V)/python tests/bench_gan.py 1 2
 
 presets: .venv/.installed-dev ## train every GAN preset STEPS=200 steps on CIFAR-10 and Fashion-MNIST (hours on one core; goes on where it was)

@@ -7,8 +7,8 @@ __all__ = ['FILTER_PRESETS', 'RULES', 'WINDOW', 'FilterConfig', 'Scores', 'confi
            'doubtful', 'near_real', 'keep_rule', 'Pool', 'fill_up', 'accept_class', 'accept', 'images_at', 'Trials',
            'proxy_steps', 'work_filter', 'scores_for', 'told', 'run_filter', 'save_rejected', 'load_accepted']
 
-# %% ../nbs/06_filter.ipynb #fba0459c
-import math, time
+# %% ../nbs/06_filter.ipynb #edd23391
+import math, shutil, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -175,7 +175,7 @@ def images_at(g: Generator, rows: dict, seed: int, dials: dict) -> tuple:
     y = torch.from_numpy(np.asarray(rows['label'], dtype=np.int64))
     return g.sample(y, torch.from_numpy(np.asarray(rows['index'], dtype=np.int64)), seed=seed, **dials), y
 
-# %% ../nbs/06_filter.ipynb #28e00bb0
+# %% ../nbs/06_filter.ipynb #904dbc7e
 class Trials:
     "Trials of a stage on one ledger: name -> val accuracy, with the trained classifier beside it."
     def __init__(self, stage: Stage, val):
@@ -186,15 +186,15 @@ class Trials:
         "Val accuracy of `recipe` after `steps` steps on the source that `make()` gives. Trials in the ledger are not repeated."
         done = next((r for r in self.rows if r['trial'] == name), None)
         if done: return done['val_accuracy']
-        start, source, steps = time.time(), make(), max(1, steps)
-        c = train_classifier(source, recipe, self.val.classes, steps, machine=self.stage.machine,
-                             checkpoints=Checkpoints(self.stage.dir/'checkpoints'/name),
+        start, source, steps, kept = time.time(), make(), max(1, steps), Checkpoints(self.stage.dir/'checkpoints'/name)
+        c = train_classifier(source, recipe, self.val.classes, steps, machine=self.stage.machine, checkpoints=kept,
                              track=lambda it, total, start, desc: self.stage.track(it, total, start, name))
         c.save(self.stage.dir/'trials'/f'{name}.safetensors')
         flops = 3*forward_flops(c.net, c.shape)*steps*min(recipe.batch, len(source))
         self.rows.append(dict(trial=name, val_accuracy=c.accuracy(self.val), steps=steps, flops=flops, **facts))
         self.price[name] = dict(seconds=time.time() - start, drawn=getattr(source, 'drawn', 0))
         save_json(self.times, self.price), save_table(self.path, self.rows)
+        shutil.rmtree(kept.folder, ignore_errors=True)  # done: the classifier is kept, what it would have gone on from is not
         return self.rows[-1]['val_accuracy']
     @property
     def best(self) -> dict: return max(self.rows, key=lambda r: r['val_accuracy'])

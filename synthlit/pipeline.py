@@ -7,15 +7,18 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'is_list_field', 'variants', 'candidates', 'outside', 'combinations', 'label_of', 'preset_name', 'plan',
            'facts_of', 'preflight', 'check_outside', 'unit_costs', 'fastest', 'estimate', 'only_imports', 'derive',
            'statements', 'refuse_stale', 'input_names', 'node_identity', 'state_of', 'parameters_of', 'StageFailed',
-           'execute', 'register_engine', 'clock', 'Line', 'run_node', 'keep_notebook', 'resolved', 'wanted',
-           'run_chain', 'agreed_machine', 'open_log', 'headline', 'shrink', 'smoke', 'look_at', 'new_params', 'cmd_new',
-           'print_plan', 'cmd_run', 'find_run', 'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml',
-           'plain_type', 'cmd_params', 'cmd_report', 'generators_at', 'labels_said', 'cmd_sample', 'sample_one',
-           'print_scores', 'product', 'cmd_predict', 'cmd_export', 'agreed', 'cmd_clean', 'parser', 'main']
+           'execute', 'register_engine', 'clock', 'Line', 'run_node', 'keep_notebook', 'resolved', 'wanted', 'run_one',
+           'LocalJobs', 'RayJobs', 'ready', 'run_side_by_side', 'run_chain', 'agreed_machine', 'open_log', 'headline',
+           'shrink', 'smoke', 'look_at', 'new_params', 'cmd_new', 'print_plan', 'cmd_run', 'find_run', 'stage_folders',
+           'show_run', 'cmd_show', 'cmd_log', 'params_yaml', 'plain_type', 'cmd_params', 'cmd_report', 'generators_at',
+           'labels_said', 'cmd_sample', 'sample_one', 'print_scores', 'product', 'cmd_predict', 'cmd_export', 'agreed',
+           'cmd_clean', 'parser', 'main']
 
-# %% ../nbs/09_pipeline.ipynb #b395e9dd
-import argparse, ast, csv, dataclasses, functools, importlib, itertools, json, os, re, shutil, signal, sys, \
-    tempfile, threading, time, types, typing
+# %% ../nbs/09_pipeline.ipynb #8f9abb2d
+import argparse, ast, contextlib, csv, dataclasses, functools, importlib, io, itertools, json, os, queue, re, shutil, signal, \
+    subprocess, sys, tempfile, threading, time, types, typing
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import yaml
 from .core import (
@@ -453,11 +456,76 @@ def wanted(nodes: list, first=None, last=None, only=None) -> list:
     lo, hi = (at(first)[0] if first else 0), (at(last)[-1] if last else len(nodes) - 1)
     return [n for i, n in enumerate(nodes) if lo <= i <= hi and (not only or i in at(only))]
 
-# %% ../nbs/09_pipeline.ipynb #0605ae2d
+# %% ../nbs/09_pipeline.ipynb #6ca345ff
+def run_one(params: dict, run: str, name: str):
+    "One stage of a chain, unless it is done: what the engines call, each in a process of its own."
+    node = next(n for n in plan(params) if n.name == name)
+    if state_of(node, Path(run), run_machine(Path(run))) == 'done': return
+    with contextlib.redirect_stdout(io.StringIO()): run_node(node, Path(run), preset_name(params), open_log(Path(run)))
+
+class LocalJobs:
+    "Up to `jobs` stages at once on this machine, on its GPUs in turn; one that is killed is begun once more."
+    def __init__(self, jobs: int, device: str):
+        import torch
+        gpus = range(torch.cuda.device_count()) if device.startswith('cuda') else range(0)
+        self.pool, self.slots = ThreadPoolExecutor(jobs), queue.Queue()
+        for i in range(jobs): self.slots.put(dict(CUDA_VISIBLE_DEVICES=str(gpus[i % len(gpus)])) if gpus else {})
+    def submit(self, *call): return self.pool.submit(self.work, call)
+    def work(self, call, again: int = 1):
+        "Run the stage in a new process; `StageFailed` if that failed."
+        slot, code = self.slots.get(), 'import sys, json; from synthlit.pipeline import run_one; run_one(*json.loads(sys.argv[1]))'
+        try: p = subprocess.run([sys.executable, '-c', code, json.dumps(call)], env={**os.environ, **slot}, capture_output=True, text=True)
+        finally: self.slots.put(slot)
+        if p.returncode < 0 and again: return self.work(call, again - 1)
+        if p.returncode: raise StageFailed(f'{call[2]}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else f"ended with {p.returncode}"}')
+    def wait(self, jobs: list) -> list: return list(futures.wait(jobs, return_when=futures.FIRST_COMPLETED).done)
+    def result(self, job): return job.result()
+
+class RayJobs:
+    "Stages on a Ray cluster (RAY_ADDRESS, else this machine); one whose worker dies is begun again, up to three times."
+    def __init__(self, device: str):
+        try: import ray
+        except ImportError as e: raise SettingError('--engine ray needs ray: pip install synthlit[cluster]') from e
+        if not ray.is_initialized(): ray.init(log_to_driver=False)
+        self.ray, self.work = ray, ray.remote(max_retries=3, num_cpus=1, num_gpus=float(device.startswith('cuda')))(run_one)
+    def submit(self, *call): return self.work.remote(*call)
+    def wait(self, jobs: list) -> list: return self.ray.wait(jobs)[0]
+    def result(self, job):
+        "Nothing, or `StageFailed` with what the stage said."
+        try: return self.ray.get(job)
+        except self.ray.exceptions.RayError as e: raise StageFailed(str(getattr(e, 'cause', None) or e).strip()) from None
+
+# %% ../nbs/09_pipeline.ipynb #60dda143
+def ready(todo: list, done: set) -> list:
+    "Stages of which everything they read is there."
+    mine = {n.name for n in todo}
+    return [n for n in todo if all(m.name in done or m.name not in mine for ms in n.reads.values() for m in ms)]
+
+def run_side_by_side(todo: list, nodes: list, params: dict, run: Path, machine: dict, jobs, log) -> int:
+    "Hand stages to an engine as soon as they can begin; returns how many ran. After a failure no more begin, and the first error is raised at the end."
+    done, going, failed, worked = set(), {}, [], 0
+    while len(done) < len(todo):
+        fresh = [n for n in ready(todo, done) if n.name not in done and n not in going.values()]
+        if old := {n.name for n in fresh if state_of(n, run, machine) == 'done'}: done |= old; continue
+        for n in [] if failed else fresh: going[jobs.submit(params, str(run), n.name)] = n; log(f'{n.name} ...')
+        if not going: break
+        for job in jobs.wait(list(going)):
+            n = going.pop(job)
+            try: jobs.result(job)
+            except StageFailed as e: failed.append(e); log(str(e)); continue
+            done.add(n.name), check_outside(n, nodes, run)
+            worked += 1
+            log(f'{n.name} done{headline(run/n.name)}')
+    if failed: raise failed[0]
+    return worked
+
+# %% ../nbs/09_pipeline.ipynb #997ccf18
 def run_chain(
     params: dict,  # from `read_params`
     out=None,  # run folder; None = runs/<name>
     first=None, last=None, only=None,  # limit to some stages
+    jobs: int = 1,  # stages at a time
+    engine: str = 'local',  # `ray`: on a cluster
 ) -> Path:  # the run folder
     "Run a chain: everything that is not done yet, in order. Stops at the first failure; running again goes on."
     nodes = plan(params)
@@ -472,6 +540,9 @@ def run_chain(
         log = open_log(run)
         if any(state_of(n, run, machine) != 'done' for n in todo):
             for s in {n.stage for n in todo}: refuse_stale(s), derive(s)
+        if jobs > 1 or engine == 'ray':
+            where = RayJobs(machine['device']) if engine == 'ray' else LocalJobs(jobs, machine['device'])
+            worked = run_side_by_side(todo, nodes, params, run, machine, where, log)
         for i, n in enumerate(todo, 1):
             if (state := state_of(n, run, machine)) == 'done': keep_notebook(n, run); continue
             if state == 'changed':
@@ -627,7 +698,7 @@ def cmd_new(a):
     with atomic(to) as tmp: tmp.write_text(text)
     print(f'{to}: next, synthlit run {to} --smoke')
 
-# %% ../nbs/09_pipeline.ipynb #20220c66
+# %% ../nbs/09_pipeline.ipynb #c527dca9
 def print_plan(params: dict, out=None, first=None, last=None, only=None):
     "What a run would do, with time and disk estimated from timings taken now."
     nodes = plan(params)
@@ -656,7 +727,7 @@ def cmd_run(a):
     params = read_params(a.params, a.p)
     if a.smoke: return smoke(params, a.out)
     if a.dry_run: return print_plan(params, a.out, a.first, a.last, a.only)
-    run_chain(params, a.out, a.first, a.last, a.only)
+    run_chain(params, a.out, a.first, a.last, a.only, a.jobs, a.engine)
 
 # %% ../nbs/09_pipeline.ipynb #31e556e4
 def find_run(name: str) -> Path:
@@ -851,7 +922,7 @@ def cmd_clean(a):
     elif not gone: print('nothing to clean')
     lock.release()
 
-# %% ../nbs/09_pipeline.ipynb #2d0ae549
+# %% ../nbs/09_pipeline.ipynb #05f9e996
 def parser() -> argparse.ArgumentParser:
     "The command line."
     p = argparse.ArgumentParser('synthlit', description='Train image classifiers on synthetic images.')
@@ -864,7 +935,8 @@ def parser() -> argparse.ArgumentParser:
         ('-p', dict(action='append', default=[], metavar='STAGE.NAME=VALUE', help='change a setting')),
         ('--from', dict(dest='first', metavar='STAGE', help='begin here')), ('--to', dict(dest='last', metavar='STAGE', help='end here')),
         ('--only', dict(metavar='STAGE', help='this stage only')), ('--out', dict(metavar='RUN', help='run folder; default runs/<name>')),
-        ('--engine', dict(choices=['local'], default='local', help='where stages run')),
+        ('--jobs', dict(type=int, default=1, metavar='N', help='so many stages at a time, each in a process of its own')),
+        ('--engine', dict(choices=['local', 'ray'], default='local', help='ray: stages side by side on a Ray cluster')),
         ('--dry-run', dict(action='store_true', help='print the plan with time and disk')),
         ('--smoke', dict(action='store_true', help='a tiny version on random images: is the file wired right?')))
     add(cmd_new, ('params', dict(help='the YAML file to write')), ('--data', dict(

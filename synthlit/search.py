@@ -19,7 +19,7 @@ from .filter import Pool, Trials, accept, images_at, keep_rule, load_accepted, s
 from .recycle import Member, Recycled
 from .gan.train import stage_splits
 
-# %% ../nbs/06c_search.ipynb #cf154667
+# %% ../nbs/06c_search.ipynb #ebb2bd48
 steps_of = lambda start, end, by: np.arange(start, end + by/2, by).round(3).tolist()  # both ends included, as the published grids have it
 
 @dataclass
@@ -38,6 +38,7 @@ class SearchConfig:
     halvings: Annotated[int, (0, 5)] = 2  # fast: a trial begins with share/3**halvings; the better third goes on with three times as many steps
     period: Annotated[int, (1, None)] = 10  # epochs after which a trial's set is drawn anew
     per_class: Annotated[int | None, (1, None)] = None  # images per class; None = as many as the real training split has on average
+    dials: dict = field(default_factory=dict)  # others of the generator's dials, the same in all trials, e.g. {standing: 16}
     draws: Annotated[int, (1, 1000)] = 6  # about so many candidates per wanted image, at most
     short: Literal['likeliest', 'any', 'stop'] = 'likeliest'  # a class with too few: fill with the likeliest of the rejected, with any, or stop
     seed: Annotated[int, (0, None)] = 1  # of candidates, and of the order in which `fast` tries
@@ -46,17 +47,18 @@ class SearchConfig:
         for k in ('ckpts', 'stds', 'rules', 'taus', 'only'):
             if len(set(v := getattr(self, k))) < len(v): raise SettingError(f'search.{k} = {v}: a value is said twice')
         for r in self.rules: keep_rule(r, 0.)
+        if 'std' in self.dials: raise SettingError(f'search.dials = {self.dials}: std is what search.stds are for')
 
 GAFI = dict(method='published', stds=steps_of(1, 2, .05), taus=steps_of(0, .9, .1), share=1.)
 SEARCH_PRESETS = dict(
     tiny=dict(stds=[1., 1.3], taus=[0., .5], trials=4, halvings=1, per_class=40, draws=3),
     digits=dict(), fashion_mnist=dict(network='fast', width=8, share=.1), mnist=dict(network='fast', width=8, share=.1),
     cifar10=dict(network='fast', width=16, share=.1),
-    smoke=dict(stds=[1.], taus=[0.], trials=1, halvings=0, per_class=4, draws=2),
+    smoke=dict(ckpts=['all'], stds=[1.], taus=[0.], trials=1, halvings=0, per_class=4, draws=2),
     gafi=GAFI,  # the published grids; its checkpoints are epochs 150, 160, ... 500: gan.keep_every says which there are
 )
 
-# %% ../nbs/06c_search.ipynb #378a05b7
+# %% ../nbs/06c_search.ipynb #3dcc58fb
 def kept_checkpoints(folder, asked: list) -> dict:
     "name -> subfolder of the generators to choose from; `SettingError` for one that is not there."
     folder = Path(folder)
@@ -84,7 +86,7 @@ class Searcher:
             self.generators = {ckpt: load_generator(self.folder/self.ckpts[ckpt], self.stage.device)}
         return self.generators[ckpt]
     def scores(self, rule: str): return scores_for(rule, self.judge, self.train)
-    def dials(self, s: dict) -> dict: return dict(std=s['std']) if 'std' in self.generator(s['ckpt']).dials else {}
+    def dials(self, s: dict) -> dict: return {**self.cfg.dials, **(dict(std=s['std']) if 'std' in self.generator(s['ckpt']).dials else {})}
     def source(self, s: dict, steps: int) -> Recycled:
         "A setting as a source: as many images as the trial can use, at most those of the real split."
         g, c = self.generator(s['ckpt']), self.cfg

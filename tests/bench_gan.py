@@ -1,5 +1,6 @@
 """Our GAN step beside a plain PyTorch loop over the same networks, measured in the same run (`make bench`). Nothing is asserted."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import InMemory, best_of, peak, row
+from bench import InMemory, best_of, keep, peak, row
 
 from synthlit.core import resolve, rng
+from synthlit.gan.dcgan import Conv2d, ConvTranspose2d, DCGANDiscriminator
 from synthlit.gan.models import build_gan
 from synthlit.gan.train import GAN_PRESETS, GanConfig, GanState, Shuffled, gan_step
 
@@ -21,12 +23,26 @@ def of(preset: str, width: int) -> GanConfig:
     return resolve(GanConfig, GAN_PRESETS[preset], dict(width_g=width, width_d=width, epochs=None))
 
 
+def usual(net):
+    """The same network as it is usually written: torch's own layers, the label map as a further channel of every image, nothing in place."""
+    own = {Conv2d: torch.nn.Conv2d, ConvTranspose2d: torch.nn.ConvTranspose2d}
+    for m in net.modules():
+        for mine, torchs in own.items():
+            if isinstance(m, mine):
+                m.forward = functools.partial(torchs.forward, m)
+        if isinstance(m, torch.nn.LeakyReLU):
+            m.inplace = False
+    if isinstance(net, DCGANDiscriminator):
+        net.first = lambda x, y: net.blocks[0](torch.cat([x, net.embed(y).view(-1, 1, *net.shape[1:])], 1))
+    return net
+
+
 class Plain:
     """The usual loop: one after the other, default layout and optimiser, a sigmoid and BCE; or a critic with a penalty, as the study published it or clean."""
 
     def __init__(self, cfg: GanConfig, published: bool):
         G, D = build_gan(cfg.network, (3, 32, 32), 10, cfg.width_g, cfg.width_d, cfg.z, 1, cfg.g, cfg.d)
-        self.G, self.D, self.cfg, self.published = G, D, cfg, published
+        self.G, self.D, self.cfg, self.published = usual(G), usual(D), cfg, published
         self.opts = [torch.optim.Adam(n.parameters(), r, (0.5, 0.9)) for n, r in ((G, cfg.lr_g), (D, cfg.lr_d))]
 
     def penalty(self, x, fake, y):
@@ -132,9 +148,8 @@ def profile(preset: str, width: int):
         run()
     ops = sorted(p.key_averages(), key=lambda o: -o.self_cpu_time_total)
     total = sum(o.self_cpu_time_total for o in ops)
-    print(f"\n{preset}, {width} features: share of the time by operation")
     for o in ops[:8]:
-        print(f"  {o.key[:48]:48} {100 * o.self_cpu_time_total / total:5.1f} %  {o.count:5} calls")
+        row(f"{preset}, {width} features, share of time", o.key[:43], f"{100 * o.self_cpu_time_total / total:.1f} %", "", "")
 
 
 def main(threads: int):
@@ -144,8 +159,8 @@ def main(threads: int):
     row("what", "beside", "ours", "peer", "ratio")
     for preset, width, steps in (("dcgan", 16, 8), ("dcgan", 64, 3), ("wgan_gp", 16, 4), ("wgan_gp", 64, 2)):
         bench_gan(preset, width, steps)
-    profile("dcgan", 64)
-    profile("wgan_gp", 64)
+    for preset, width in (("dcgan", 16), ("dcgan", 64), ("wgan_gp", 64)) if threads == 1 else ():
+        profile(preset, width)
 
 
 if __name__ == "__main__":
@@ -155,3 +170,4 @@ if __name__ == "__main__":
     else:
         for threads in [int(t) for t in sys.argv[1:]] or [1]:
             main(threads)
+        keep("bench_gan")

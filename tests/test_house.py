@@ -202,7 +202,12 @@ PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 def test_ready_experiments_are_valid_and_explained(path):
     nodes = plan(read_params(path))
     preflight(nodes)
-    some = dict(fast={"splits", "classifier"}, gan={"splits", "classifier", "gan", "generate", "evaluate", "report"})
+    some = dict(
+        fast={"splits", "classifier"},
+        search={"splits", "classifier", "gan", "search", "evaluate", "report"},
+        gafi=set(STAGES) - {"fewshot"},
+        gan={"splits", "classifier", "gan", "generate", "evaluate", "report"},
+    )
     whole = set(STAGES) - {"search"}  # a filter with settings of its own does for an example; the gafi_* experiments search
     assert {n.stage for n in nodes} == some.get(path.stem.split("_")[0], whole)
     assert path.read_text().startswith("# ")
