@@ -8,11 +8,11 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'facts_of', 'preflight', 'check_outside', 'unit_costs', 'fastest', 'estimate', 'only_imports', 'derive',
            'statements', 'refuse_stale', 'input_names', 'node_identity', 'state_of', 'parameters_of', 'StageFailed',
            'execute', 'register_engine', 'clock', 'Line', 'run_node', 'keep_notebook', 'resolved', 'wanted', 'run_one',
-           'LocalJobs', 'RayJobs', 'ready', 'run_side_by_side', 'run_chain', 'agreed_machine', 'open_log', 'headline',
-           'shrink', 'smoke', 'look_at', 'new_params', 'cmd_new', 'print_plan', 'cmd_run', 'find_run', 'stage_folders',
-           'show_run', 'cmd_show', 'cmd_log', 'params_yaml', 'plain_type', 'cmd_params', 'cmd_report', 'generators_at',
-           'labels_said', 'cmd_sample', 'sample_one', 'print_scores', 'product', 'cmd_predict', 'cmd_export', 'agreed',
-           'cmd_clean', 'parser', 'main']
+           'run_alone', 'LocalJobs', 'RayJobs', 'ready', 'run_side_by_side', 'run_chain', 'agreed_machine', 'open_log',
+           'headline', 'shrink', 'smoke', 'look_at', 'new_params', 'cmd_new', 'print_plan', 'cmd_run', 'find_run',
+           'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml', 'plain_type', 'cmd_params', 'cmd_report',
+           'generators_at', 'labels_said', 'cmd_sample', 'sample_one', 'print_scores', 'product', 'cmd_predict',
+           'cmd_export', 'agreed', 'cmd_clean', 'parser', 'main']
 
 # %% ../nbs/09_pipeline.ipynb #8f9abb2d
 import argparse, ast, contextlib, csv, dataclasses, functools, importlib, io, itertools, json, os, queue, re, shutil, signal, \
@@ -456,12 +456,17 @@ def wanted(nodes: list, first=None, last=None, only=None) -> list:
     lo, hi = (at(first)[0] if first else 0), (at(last)[-1] if last else len(nodes) - 1)
     return [n for i, n in enumerate(nodes) if lo <= i <= hi and (not only or i in at(only))]
 
-# %% ../nbs/09_pipeline.ipynb #6ca345ff
+# %% ../nbs/09_pipeline.ipynb #fdf99b9a
 def run_one(params: dict, run: str, name: str):
     "One stage of a chain, unless it is done: what the engines call, each in a process of its own."
     node = next(n for n in plan(params) if n.name == name)
     if state_of(node, Path(run), run_machine(Path(run))) == 'done': return
     with contextlib.redirect_stdout(io.StringIO()): run_node(node, Path(run), preset_name(params), open_log(Path(run)))
+
+def run_alone(*call):
+    "`run_one` in a process that ends with the words of a failed stage."
+    try: run_one(*call)
+    except StageFailed as e: sys.exit(f'\0{e}')
 
 class LocalJobs:
     "Up to `jobs` stages at once on this machine, on its GPUs in turn; one that is killed is begun once more."
@@ -473,11 +478,11 @@ class LocalJobs:
     def submit(self, *call): return self.pool.submit(self.work, call)
     def work(self, call, again: int = 1):
         "Run the stage in a new process; `StageFailed` if that failed."
-        slot, code = self.slots.get(), 'import sys, json; from synthlit.pipeline import run_one; run_one(*json.loads(sys.argv[1]))'
+        slot, code = self.slots.get(), 'import sys, json; from synthlit.pipeline import run_alone; run_alone(*json.loads(sys.argv[1]))'
         try: p = subprocess.run([sys.executable, '-c', code, json.dumps(call)], env={**os.environ, **slot}, capture_output=True, text=True)
         finally: self.slots.put(slot)
         if p.returncode < 0 and again: return self.work(call, again - 1)
-        if p.returncode: raise StageFailed(f'{call[2]}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else f"ended with {p.returncode}"}')
+        if p.returncode: raise StageFailed(p.stderr.split('\0')[-1].strip() or f'{call[2]} ended with {p.returncode}')
     def wait(self, jobs: list) -> list: return list(futures.wait(jobs, return_when=futures.FIRST_COMPLETED).done)
     def result(self, job): return job.result()
 

@@ -14,9 +14,9 @@ from synthlit.pipeline import StageFailed, read_params, run_chain
 SOME = ("splits", "classifier", "gan", "generate", "filter")
 
 
-def some(tiny_run, **changes) -> dict:
+def some(tiny_run) -> dict:
     """The first stages of the tiny chain."""
-    stages = {k: {**v, **changes.get(k, {})} for k, v in tiny_run.params["stages"].items() if k in SOME}
+    stages = {k: v for k, v in tiny_run.params["stages"].items() if k in SOME}
     return read_params({**tiny_run.params, "name": "many", "stages": stages})
 
 
@@ -35,10 +35,12 @@ def test_two_at_a_time_give_the_same_bits(tiny_run, tmp_path, capsys):
 
 
 def test_a_failure_lets_the_others_end_and_is_told(tiny_run, tmp_path):
-    params = some(tiny_run, gan=dict(lr_g=[1e-3, 1.0], lr_d=1.0, seed=0))
-    with pytest.raises(StageFailed, match="gan-lr_g1.0|gan-lr_g0.001"):
-        run_chain(params, tmp_path / "run", jobs=2)
-    assert (tmp_path / "run" / "splits" / "manifest.json").exists()
+    """A search for a checkpoint that nobody kept fails while the other GAN is still trained."""
+    stages = {k: tiny_run.params["stages"][k] for k in ("splits", "classifier", "gan")}
+    bad = {"stage": "search", "uses": "gan-seed0", "ckpts": ["777"], "per_class": 20, "trials": 1}
+    with pytest.raises(StageFailed, match="kept no generator '777'"):
+        run_chain(read_params({**tiny_run.params, "name": "bad", "stages": {**stages, "search": bad}}), tmp_path / "run", jobs=2)
+    assert {"splits", "classifier", "gan-seed0", "gan-seed1"} == {p.parent.name for p in (tmp_path / "run").glob("*/manifest.json")}
 
 
 def test_a_ray_worker_that_is_killed_is_replaced(tiny_run, tmp_path):
