@@ -114,14 +114,14 @@ def recycled_rows(stage: Stage, train: Split, classifier, steps: int) -> dict:
             out[f'mixture, {c.real_share:.0%} real{tail}'] = ('with-real', lambda a=with_real: make(*a))
     return out
 
-# %% ../nbs/08a_evaluate.ipynb #251474b0
-def row_path(stage: Stage, row: str, seed: int) -> Path:
-    "Where the classifier of a row and seed is kept."
-    return stage.dir/'classifiers'/f'{re.sub(r"[(),%]", "", row).replace(" ", "-")}-seed{seed}.safetensors'
+# %% ../nbs/08a_evaluate.ipynb #ea27cdfa
+def row_path(folder: Path, row: str, seed: int) -> Path:
+    "Where the classifier of a row and seed is kept in an evaluation's folder."
+    return folder/'classifiers'/f'{re.sub(r"[(),%]", "", row).replace(" ", "-")}-seed{seed}.safetensors'
 
 def train_row(stage: Stage, row: str, seed: int, data, classifier, steps: int, track, machine: dict):
     "The recipe trained on one source with one seed; left alone when it is there already."
-    path = row_path(stage, row, seed)
+    path = row_path(stage.dir, row, seed)
     if path.exists(): return list(track([], steps, steps))
     alike = machine['threads'] == stage.machine['threads']  # how a batch is shared among threads is a part of the training: batch norm sees it
     if row == 'real' and seed == classifier.recipe.seed and alike: c = classifier  # the same recipe on the same images: trained once
@@ -158,7 +158,7 @@ def refuse_contamination(stage: Stage, sealed: dict):
             if d in read_manifest(f)['saw']:
                 raise SettingError(f'{f.name} was trained on the {part} images of this split: its score on them would mean nothing')
 
-# %% ../nbs/08a_evaluate.ipynb #062a910e
+# %% ../nbs/08a_evaluate.ipynb #6f132da4
 def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) -> list:
     "Train and measure every source with its seeds; a line (row, kind, seed, n, val accuracy, measures, model) for each."
     cfg, rows = stage.cfg, []
@@ -174,7 +174,7 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
     count = sum(map(len, seeds.values()))
     side_by_side(jobs(), count, count*steps, stage)
     for r in rows:
-        r['model'] = load_classifier(row_path(stage, r['row'], r['seed']), stage.machine)
+        r['model'] = load_classifier(row_path(stage.dir, r['row'], r['seed']), stage.machine)
         r['val'] = r['model'].accuracy(val)
     return rows
 

@@ -812,7 +812,7 @@ def cmd_report(a):
     with atomic(run/'report.html') as tmp: tmp.write_text(make_report(run, ReportConfig()))
     print(f'report: {run/"report.html"}')
 
-# %% ../nbs/09_pipeline.ipynb #f46624ce
+# %% ../nbs/09_pipeline.ipynb #e02bd9fd
 def generators_at(name: str) -> list:
     "Generator folders of a run, or the one folder that holds a generator."
     if (Path(name)/'generator.safetensors').exists(): return [Path(name).resolve()]
@@ -863,12 +863,15 @@ def print_scores(f: Path, g, counts: dict, a, dials: dict):
     return val
 
 def product(run: Path) -> Path:
-    "The classifier that a run is for: trained on the mixture, else on filtered or plain synthetic images, else the real one."
-    found = [p for f in stage_folders(run) for p in sorted((f/'classifiers').glob('*.safetensors'))]
-    ranked = ([p for kind in ('mixture', 'filtered', 'synthetic') for p in found if p.name.startswith(kind)]
-              + [f/'classifier.safetensors' for f in stage_folders(run) if (f/'classifier.safetensors').exists()])
-    if not ranked: raise SettingError(f'{run} holds no classifier yet')
-    return ranked[0]
+    "The classifier that a run is for: trained on synthetic images alone, on the mixture if there is one, the best on val; without any, the real one."
+    from synthlit.evaluate import row_path
+    folders = stage_folders(run)
+    rows = [(f, r) for f in folders if (f/'scores.parquet').exists() for r in load_table(f/'scores.parquet').to_pylist()]
+    for kind in ('mixture', 'filtered', 'synthetic'):
+        if mine := [(r['val'], -i, row_path(f, r['row'], r['seed'])) for i, (f, r) in enumerate(rows) if r['kind'] == kind]: return max(mine)[2]
+    real = [f/'classifier.safetensors' for f in folders if (f/'classifier.safetensors').exists()]
+    if not real: raise SettingError(f'{run} holds no classifier yet')
+    return real[0]
 
 def cmd_predict(a):
     "Classify image files with a run's classifier."

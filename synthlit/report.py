@@ -368,11 +368,12 @@ def chance(r: dict, n: int) -> float:
     "Half the 95 % interval of an accuracy measured on n images (normal approximation)."
     return 1.96*(r['test']*(1 - r['test'])/n)**.5
 
-# %% ../nbs/08c_report.ipynb #64df8a04
+# %% ../nbs/08c_report.ipynb #47e8f200
 COLUMNS = [  # head, cell, what it means
     ('trained on', lambda r: r['row'],
      'real: the real training split; floor: Gaussians fitted to each class; synthetic: a generator\'s images as they come; '
-     'filtered: those the real classifier accepted; mixture: filtered images of several generators'),
+     'filtered: those the real classifier accepted; mixture: filtered images of several generators; recycled: drawn anew while it is trained on; '
+     'taught: with the real classifier\'s probabilities as labels; % real: that share of the images is real'),
     ('test %', lambda r: percent(r['test'], 2), 'accuracy on the sealed real test images, mean over seeds'),
     ('interval', lambda r: ci(r['low'], r['high']) if r['low'] is not None else '–', '95 % over seeds; a dash means one seed, no interval'),
     ('gap', lambda r: '' if r['kind'] == 'real' else percent(r['gap'], 2), 'points below real images, paired seed by seed'),

@@ -372,7 +372,8 @@ def test_damaged_generator_is_named_and_nothing_is_lost(tiny_copy, tiny_run, ref
 
 def test_damaged_classifier_and_manifest_are_named(tiny_copy, refused, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
-    damage(next((tiny_copy / "evaluate" / "classifiers").glob("mixture*")))
+    for p in (tiny_copy / "evaluate" / "classifiers").glob("mixture*"):
+        damage(p)
     refused(["mixture", "checksum"], "predict", tiny_copy, tmp_path / "x.png")
     manifest = tiny_copy / "splits" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"digits"', '"digitz"', 1))
