@@ -27,7 +27,7 @@ from .recycle import ImageSet, Member, Recycled, load_member
 from .multigen import load_mixture
 from .gan.train import stage_splits
 
-# %% ../nbs/08a_evaluate.ipynb #bdb73fbe
+# %% ../nbs/08a_evaluate.ipynb #e23bc753
 @dataclass
 class EvaluateConfig:
     "Settings of the evaluation. The recipe is the real classifier's."
@@ -55,7 +55,7 @@ EVALUATE_PRESETS = dict(
     fashion_mnist=dict(),
     mnist=dict(),
     cifar10=dict(n_measure=10000),
-    smoke=dict(seeds=[0], floor_components=1, floor_dim=4, n_measure=10, k=1),
+    smoke=dict(seeds=[0], floor_components=1, floor_dim=4, n_measure=10, k=1, recycle=0),  # recycled rows would draw 128 candidates a class
 )
 
 # %% ../nbs/08a_evaluate.ipynb #78bf8745
