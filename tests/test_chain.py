@@ -88,7 +88,7 @@ def test_dry_run_sees_what_a_change_entails(tiny_run, tiny_copy, tmp_path, capsy
     params, before = write_params(tmp_path / "tiny.yaml", tiny_run.params), sorted(tiny_copy.rglob("*"))
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "classifier.epochs=3", "--dry-run"]) == 0
     rows = dict(re.findall(r"^(\S+) +(done|changed|begun|to do|waiting) ", capsys.readouterr().out, re.M))
-    assert len(rows) == 12 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
+    assert len(rows) == 13 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
     assert "done" not in rows.values(), rows
     assert sorted(tiny_copy.rglob("*")) == before
 
