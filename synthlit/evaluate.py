@@ -114,7 +114,7 @@ def recycled_rows(stage: Stage, train: Split, classifier, steps: int) -> dict:
             out[f'mixture, {c.real_share:.0%} real{tail}'] = ('with-real', lambda a=with_real: make(*a))
     return out
 
-# %% ../nbs/08a_evaluate.ipynb #ea27cdfa
+# %% ../nbs/08a_evaluate.ipynb #e9a05612
 def row_path(folder: Path, row: str, seed: int) -> Path:
     "Where the classifier of a row and seed is kept in an evaluation's folder."
     return folder/'classifiers'/f'{re.sub(r"[(),%]", "", row).replace(" ", "-")}-seed{seed}.safetensors'
@@ -126,7 +126,8 @@ def train_row(stage: Stage, row: str, seed: int, data, classifier, steps: int, t
     alike = machine['threads'] == stage.machine['threads']  # how a batch is shared among threads is a part of the training: batch norm sees it
     if row == 'real' and seed == classifier.recipe.seed and alike: c = classifier  # the same recipe on the same images: trained once
     else:
-        source, recipe = data(seed) if callable(data) else Fixed(*data), replace(classifier.recipe, seed=seed)
+        source, recipe = data(seed) if callable(data) else data, replace(classifier.recipe, seed=seed)
+        source = Fixed(*source) if isinstance(source, tuple) else source
         kept = Checkpoints(stage.dir/'checkpoints'/path.stem)
         c = train_classifier(source, recipe, classifier.classes, steps, machine=machine, checkpoints=kept, track=track)
     c.save(path)
@@ -158,7 +159,7 @@ def refuse_contamination(stage: Stage, sealed: dict):
             if d in read_manifest(f)['saw']:
                 raise SettingError(f'{f.name} was trained on the {part} images of this split: its score on them would mean nothing')
 
-# %% ../nbs/08a_evaluate.ipynb #6f132da4
+# %% ../nbs/08a_evaluate.ipynb #4fb557e2
 def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) -> list:
     "Train and measure every source with its seeds; a line (row, kind, seed, n, val accuracy, measures, model) for each."
     cfg, rows = stage.cfg, []
@@ -166,11 +167,13 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
     def jobs():
         for row, (kind, make) in kinds.items():
             data = make()
-            images, labels = data(seeds[row][0]).epoch(0) if callable(data) else data
+            first = data(seeds[row][0]) if callable(data) else None  # measured and trained on: not drawn twice
+            images, labels = first.epoch(0) if first else data
             measured = measures(images, labels, val, classifier, cfg)
             for s in seeds[row]:
                 rows.append(dict(row=row, kind=kind, seed=s, n=len(labels), **measured))
-                yield lambda track, machine, row=row, s=s, data=data: train_row(stage, row, s, data, classifier, steps, track, machine)
+                of = first if first and s == seeds[row][0] else data
+                yield lambda track, machine, row=row, s=s, of=of: train_row(stage, row, s, of, classifier, steps, track, machine)
     count = sum(map(len, seeds.values()))
     side_by_side(jobs(), count, count*steps, stage)
     for r in rows:

@@ -40,12 +40,12 @@ def run_blocks(f, *tensors: torch.Tensor, size: int = 128) -> torch.Tensor:
         outs.append(f(*[t[rows] for t in tensors])[:n - i])
     return torch.cat(outs)
 
-# %% ../nbs/00c_generator.ipynb #7beaa0dd
+# %% ../nbs/00c_generator.ipynb #e3cd94af
 def turned(
     z: torch.Tensor,  # N×dim standard normal latents
     std,  # positive factor, or [a, b]: a factor for each candidate, uniform between
     truncation: float,  # 0 = off; else no number of a latent lies outside ±truncation (before `std`)
-    uniform: torch.Tensor,  # N×1 in [0, 1), one for each candidate; used with a range of std
+    uniform: torch.Tensor | None,  # N×1 in [0, 1), one for each candidate; only a range of std needs it
 ) -> torch.Tensor:  # N×dim
     "Latents with their dials turned; `SettingError` for a std or truncation that cannot be."
     low, high = std if isinstance(std, (list, tuple)) else (std, std)
@@ -54,7 +54,7 @@ def turned(
     if truncation:  # by the inverse of the cumulative distribution, so that order is kept and nothing is drawn again
         tail = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
         z = torch.special.ndtri(tail + torch.special.ndtr(z.double())*(1 - 2*tail)).float()
-    return z*(low + (high - low)*uniform)
+    return z*low if uniform is None or low == high else z*(low + (high - low)*uniform)
 
 # %% ../nbs/00c_generator.ipynb #8f296992
 class Generator:

@@ -524,7 +524,7 @@ def run_side_by_side(todo: list, nodes: list, params: dict, run: Path, machine: 
     if failed: raise failed[0]
     return worked
 
-# %% ../nbs/09_pipeline.ipynb #997ccf18
+# %% ../nbs/09_pipeline.ipynb #1d2c903b
 def run_chain(
     params: dict,  # from `read_params`
     out=None,  # run folder; None = runs/<name>
@@ -533,6 +533,7 @@ def run_chain(
     engine: str = 'local',  # `ray`: on a cluster
 ) -> Path:  # the run folder
     "Run a chain: everything that is not done yet, in order. Stops at the first failure; running again goes on."
+    if jobs < 1: raise SettingError(f'--jobs {jobs}: at least one stage at a time')
     nodes = plan(params)
     preflight(nodes)
     todo = wanted(nodes, first, last, only)

@@ -6,7 +6,7 @@
 __all__ = ['steps_of', 'GAFI', 'SEARCH_PRESETS', 'SearchConfig', 'kept_checkpoints', 'Searcher', 'published_search', 'study_of',
            'fast_search', 'work_search', 'run_search']
 
-# %% ../nbs/06c_search.ipynb #894a8c0d
+# %% ../nbs/06c_search.ipynb #64b99ffd
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,11 +15,11 @@ from .core import SettingError, Stage, load_json, load_table, open_stage, preset
 from .generator import load_generator
 from .classifier import planned_steps
 from .generate import per_class_of
-from .filter import Pool, Trials, accept, images_at, keep_rule, load_accepted, save_rejected, scores_for, told
+from .filter import Pool, Rule, Trials, accept, images_at, keep_rule, load_accepted, save_rejected, scores_for, told
 from .recycle import Member, Recycled
 from .gan.train import stage_splits
 
-# %% ../nbs/06c_search.ipynb #ebb2bd48
+# %% ../nbs/06c_search.ipynb #06f8ba7d
 steps_of = lambda start, end, by: np.arange(start, end + by/2, by).round(3).tolist()  # both ends included, as the published grids have it
 
 @dataclass
@@ -28,7 +28,7 @@ class SearchConfig:
     method: Literal['fast', 'published'] = 'fast'  # joint and early-stopped; or one after the other, each trial in full
     ckpts: list[str] = field(default_factory=lambda: ['all'])  # `best`, `last`, steps that gan.keep_every kept, such as '5000'; or all
     stds: list[Annotated[float, (0.001, 10)]] = field(default_factory=lambda: [1., 1.1, 1.25, 1.5])  # of the latent, where it can be turned
-    rules: list[str] = field(default_factory=lambda: ['confident'])  # keep-rules, see RULES; `published` uses the first
+    rules: list[Rule] = field(default_factory=lambda: ['confident'])  # keep-rules, see RULES; `published` uses the first
     taus: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0., .3, .6, .9])  # thresholds
     only: list[Literal['ckpt', 'std', 'tau']] = field(default_factory=lambda: ['ckpt', 'std', 'tau'])  # published: steps to take, in order
     trials: Annotated[int, (1, None)] = 16  # fast: settings tried
@@ -46,7 +46,6 @@ class SearchConfig:
         "Refuse grids that say a value twice."
         for k in ('ckpts', 'stds', 'rules', 'taus', 'only'):
             if len(set(v := getattr(self, k))) < len(v): raise SettingError(f'search.{k} = {v}: a value is said twice')
-        for r in self.rules: keep_rule(r, 0.)
         if 'std' in self.dials: raise SettingError(f'search.dials = {self.dials}: std is what search.stds are for')
 
 GAFI = dict(method='published', stds=steps_of(1, 2, .05), taus=steps_of(0, .9, .1), share=1.)
@@ -58,7 +57,7 @@ SEARCH_PRESETS = dict(
     gafi=GAFI,  # the published grids; its checkpoints are epochs 150, 160, ... 500: gan.keep_every says which there are
 )
 
-# %% ../nbs/06c_search.ipynb #3dcc58fb
+# %% ../nbs/06c_search.ipynb #6d0bbca1
 def kept_checkpoints(folder, asked: list) -> dict:
     "name -> subfolder of the generators to choose from; `SettingError` for one that is not there."
     folder = Path(folder)
@@ -80,12 +79,16 @@ class Searcher:
         self.full, self.n = planned_steps(r, len(self.train)), per_class_of(self.cfg.per_class, self.train)
         self.trials = Trials(stage, self.val)
         self.generators: dict = {}
+        self.known: dict = {}  # rule -> what it looks at
     def generator(self, ckpt: str):
         "The generator of a checkpoint."
         if ckpt not in self.generators:  # only the last one is held
             self.generators = {ckpt: load_generator(self.folder/self.ckpts[ckpt], self.stage.device)}
         return self.generators[ckpt]
-    def scores(self, rule: str): return scores_for(rule, self.judge, self.train)
+    def scores(self, rule: str):
+        "What a rule looks at, made once."
+        if rule not in self.known: self.known[rule] = scores_for(rule, self.judge, self.train)
+        return self.known[rule]
     def dials(self, s: dict) -> dict: return {**self.cfg.dials, **(dict(std=s['std']) if 'std' in self.generator(s['ckpt']).dials else {})}
     def source(self, s: dict, steps: int) -> Recycled:
         "A setting as a source: as many images as the trial can use, at most those of the real split."

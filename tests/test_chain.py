@@ -164,7 +164,7 @@ def test_show(tiny_run, capsys):
     """A line for every stage, with its state; an unfinished stage is not done."""
     assert main(["show", str(tiny_run.run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 13 and all(" done " in line for line in lines[1:])
+    assert len(lines) == 14 and all(" done " in line for line in lines[1:])
 
 
 def test_log(tiny_run, tmp_path, capsys):
