@@ -23,8 +23,8 @@ from .generate import dials_of, per_class_of
 from .gan.train import stage_splits
 from .gan.watch import evenly
 
-# %% ../nbs/06_filter.ipynb #fe8b6cc7
-Rule = Literal['confident', 'above', 'best_share', 'doubtful', 'near_real']  # rows of RULES that a stage can score with the run's own classifier
+# %% ../nbs/06_filter.ipynb #0fac50b9
+Rule = Literal['confident', 'above', 'best_share', 'doubtful', 'near_real']  # the rows of RULES that the run's own classifier can score
 
 @dataclass
 class FilterConfig:

@@ -65,7 +65,7 @@ def ready(preset: str, data: str, settings: dict) -> tuple:
 def samples(s: GanState) -> torch.Tensor:
     """Images of a fixed noise, one per class."""
     with torch.no_grad():
-        return s.sampler()(randn((s.classes, s.G.z), 0, "presets"), torch.arange(s.classes))
+        return s.sampler()(randn((len(s.labels), s.G.z), 0, "presets"), torch.tensor(s.labels))
 
 
 def measure(preset: str, data: str, settings: dict, steps: int) -> dict:

@@ -411,3 +411,17 @@ def test_a_collapsed_training_goes_on_when_told_never_to_stop():
     was, now = [dict(settings=c, code="x") for c in (old, dataclasses.asdict(new))]
     assert continues(was, now, new)
     assert not continues(was, dict(settings=dataclasses.asdict(GanConfig(z=8)), code="x"), GanConfig(z=8))
+
+
+def test_the_script_that_trains_every_preset_for_real_runs(tmp_path, monkeypatch):
+    """`make presets` takes hours, so its rows are tried here with two steps of two small ones, and a row goes on where it was."""
+    import presets_on_real_data as p
+
+    images = torch.from_numpy(rng(0, "images").integers(0, 256, (64, 3, 32, 32), dtype=np.uint8))
+    split = Split("train", images, torch.arange(64) % 10, [str(i) for i in range(10)], "", "")
+    monkeypatch.setattr(p, "split_of", lambda data, part: (split, MACHINE))
+    assert {preset for preset, *_ in p.rows(200).values()} == set(METHODS)
+    for preset in ("small", "dcgan"):
+        few = dict(width_g=8, width_d=8, batch=8)
+        row = p.train(preset, "cifar10", few, 2, tmp_path / preset)
+        assert row["steps"] == 2 and row["moved"] > 0

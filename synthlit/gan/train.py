@@ -145,7 +145,7 @@ GAN_PRESETS = dict(
         augment='flip+rotate90+shift+rotate', augment_p=0.0, eval_every=5000, n_eval=100),
 )
 
-# %% ../../nbs/03b_gan_training.ipynb #7cbdf70f
+# %% ../../nbs/03b_gan_training.ipynb #f122f262
 class GanGenerator(Generator):
     "A trained conditional GAN. Dials: `std` and `truncation` of the latent (see `turned`), `standing` passes that measure the batch norms anew."
     family, dials = 'synthlit.gan.train:GanGenerator', dict(std=1., truncation=0., standing=0)
@@ -165,7 +165,8 @@ class GanGenerator(Generator):
         "uint8 images of the asked candidates."
         d, labels = self.check(labels, index, dials), torch.as_tensor(labels)
         net = self.standing(d['standing'])
-        own = torch.special.ndtr(latents(labels, index, 1, seed)) if isinstance(d['std'], (list, tuple)) else None  # a uniform number for each candidate
+        spread = isinstance(d['std'], (list, tuple))
+        own = torch.special.ndtr(latents(labels, index, 1, seed)) if spread else None  # a uniform number for each candidate
         draw = lambda z, y: to_bytes(net(z.to(self.device), y.to(self.device))).cpu()
         return run_blocks(draw, turned(latents(labels, index, self.net.z, seed), d['std'], d['truncation'], own), labels)
     def standing(self, passes: int) -> nn.Module:
