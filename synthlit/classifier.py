@@ -9,10 +9,11 @@ __all__ = ['CLASSIFIER_PRESETS', 'CPU', 'ClassifierConfig', 'one_cycle', 'learni
            'blend', 'train_classifier', 'refuse_nan', 'save_training', 'cas', 'confusion', 'work_classifier',
            'run_classifier']
 
-# %% ../nbs/02_classifier.ipynb #cad9f4b3
+# %% ../nbs/02_classifier.ipynb #78627539
 import copy, math, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch, torch.nn.functional as F
@@ -21,7 +22,7 @@ from .core import (
     Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, pack, preset_of, resolve,
     restore_optimizer, rng, said, save_tensors)
 from .augment import Augment, augment_batch, mix_batch, to_float
-from .networks import build_net, check_net
+from .networks import build_net, check_net, forward_flops
 from .splits import Split, load_split
 
 # %% ../nbs/02_classifier.ipynb #0bb319fe
@@ -145,7 +146,7 @@ def shape_of(source) -> tuple:
     "(C, H, W) of a source's images."
     return tuple(source.shape) if hasattr(source, 'shape') else tuple(source.epoch(0)[0].shape[1:])
 
-# %% ../nbs/02_classifier.ipynb #402f2a48
+# %% ../nbs/02_classifier.ipynb #ea299f57
 CPU = dict(device='cpu', threads=1, channels_last=False)  # the machine when nothing is said
 
 def laid_out(machine: dict):
@@ -160,6 +161,10 @@ class Classifier:
     "A trained network with what is needed to use it: class names, image shape, recipe."
     def __init__(self, net, classes: list, shape, recipe: ClassifierConfig, machine: dict):
         self.net, self.classes, self.shape, self.recipe, self.machine = net.eval(), list(classes), tuple(shape), recipe, machine
+    @cached_property
+    def flops(self) -> int:
+        "Floating-point operations of one image's way forward; a step of training takes three times as many for each of its images."
+        return forward_flops(self.net, torch.zeros(1, *self.shape))
     @torch.no_grad()
     def apply(self, f, images: torch.Tensor, block: int = 500) -> torch.Tensor:
         "f(float images) over blocks of uint8 images, on the CPU as float32."
@@ -305,7 +310,7 @@ def blend(average: nn.Module, net: nn.Module, keep: float):
     ours, theirs = [list(m.parameters()) + [b for b in m.buffers() if b.is_floating_point()] for m in (average, net)]
     torch._foreach_lerp_(ours, theirs, 1 - keep)
 
-# %% ../nbs/02_classifier.ipynb #cd711d5c
+# %% ../nbs/02_classifier.ipynb #07625394
 def train_classifier(
     source,  # what to train on: `len(source)` and `source.epoch(e) -> (images, labels)`
     recipe: ClassifierConfig,
@@ -318,6 +323,7 @@ def train_classifier(
     track=lambda it, total, start, desc: it,  # progress: `Stage.track`
     every: int = 500,  # steps between checkpoints
     net: nn.Module | None = None,  # a network of your own instead of the recipe's
+    each=None,  # function (classifier as it is, number of the epoch), called after every epoch
 ) -> Classifier:
     "Train the recipe on a source for a number of steps."
     t = Training(recipe, shape_of(source), classes, machine, net)
@@ -333,6 +339,7 @@ def train_classifier(
         if n % per_epoch == 0 or done:
             seen = t.judge(val)
             if history: history.log(n, loss=loss, **seen)
+            if each: each(t.now(), -(-n//per_epoch))
         if checkpoints and t.rank == 0 and (n % every == 0 or done): save_training(checkpoints, history, n, **t.state())
     return t.done()
 

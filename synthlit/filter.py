@@ -7,7 +7,7 @@ __all__ = ['Rule', 'FILTER_PRESETS', 'RULES', 'WINDOW', 'FilterConfig', 'Scores'
            'doubtful', 'near_real', 'keep_rule', 'Pool', 'fill_up', 'accept_class', 'accept', 'images_at', 'Trials',
            'proxy_steps', 'work_filter', 'scores_for', 'told', 'run_filter', 'save_rejected', 'load_accepted']
 
-# %% ../nbs/06_filter.ipynb #edd23391
+# %% ../nbs/06_filter.ipynb #4adfad00
 import math, shutil, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from .core import (
     Checkpoints, SettingError, Stage, load_json, load_table, nearest, open_stage, preset_of, resolve, said, save_json, save_table, show_grid)
 from .metrics import as_features, blocks, distances, knn_radius
 from .generator import Generator, load_generator
-from .networks import forward_flops
 from .classifier import Fixed, planned_steps, train_classifier
 from .generate import dials_of, per_class_of
 from .gan.train import stage_splits
@@ -182,7 +181,7 @@ def images_at(g: Generator, rows: dict, seed: int, dials: dict) -> tuple:
     y = torch.from_numpy(np.asarray(rows['label'], dtype=np.int64))
     return g.sample(y, torch.from_numpy(np.asarray(rows['index'], dtype=np.int64)), seed=seed, **dials), y
 
-# %% ../nbs/06_filter.ipynb #904dbc7e
+# %% ../nbs/06_filter.ipynb #7c495e9f
 class Trials:
     "Trials of a stage on one ledger: name -> val accuracy, with the trained classifier beside it."
     def __init__(self, stage: Stage, val):
@@ -197,7 +196,7 @@ class Trials:
         c = train_classifier(source, recipe, self.val.classes, steps, machine=self.stage.machine, checkpoints=kept,
                              track=lambda it, total, start, desc: self.stage.track(it, total, start, name))
         c.save(self.stage.dir/'trials'/f'{name}.safetensors')
-        flops = 3*forward_flops(c.net, c.shape)*steps*min(recipe.batch, len(source))
+        flops = 3*c.flops*steps*min(recipe.batch, len(source))
         self.rows.append(dict(trial=name, val_accuracy=c.accuracy(self.val), steps=steps, flops=flops, **facts))
         self.price[name] = dict(seconds=time.time() - start, drawn=getattr(source, 'drawn', 0))
         save_json(self.times, self.price), save_table(self.path, self.rows)

@@ -56,7 +56,7 @@ def turned(
         z = torch.special.ndtri(tail + torch.special.ndtr(z.double())*(1 - 2*tail)).float()
     return z*low if uniform is None or low == high else z*(low + (high - low)*uniform)
 
-# %% ../nbs/00c_generator.ipynb #8f296992
+# %% ../nbs/00c_generator.ipynb #0cfb4296
 class Generator:
     "Base of all generators: the protocol and how it is kept. Subclasses give `family`, `sample`, `state` and `from_state`."
     family = ''  # 'module:Class' that loads it, e.g. 'synthlit.generator:GaussianFloor'
@@ -70,6 +70,10 @@ class Generator:
     def state(self) -> tuple:
         "(tensors, meta): all that `from_state` needs to build it again."
         raise TypeError(f'{type(self).__name__} gives no state()')
+    @property
+    def flops(self) -> int:
+        "Floating-point operations of an image, as `forward_flops` counts them; 0 where they are next to nothing."
+        return 0
     @property
     def digest(self) -> str: return digest(self.family, *[x for k, v in sorted(self.state()[0].items()) for x in (k, v)])
     def save(self, folder):
@@ -97,11 +101,13 @@ def load_generator(folder, device='cpu') -> Generator:
     g.classes, g.shape, g.trained = meta['classes'], tuple(meta['shape']), meta['trained']
     return g
 
-# %% ../nbs/00c_generator.ipynb #40c91a2d
+# %% ../nbs/00c_generator.ipynb #aea35c29
 class GaussianFloor(Generator):
     "Per-class Gaussian mixture in PCA space. `std` scales the spread within a component."
     family, dials = 'synthlit.generator:GaussianFloor', dict(std=1.)
     def __init__(self, tensors: dict): self.t = tensors
+    @property
+    def flops(self) -> int: return 2*len(self.t['basis'])*sum(self.t['basis'].shape)
     def state(self) -> tuple: return self.t, {}
     @classmethod
     def from_state(cls, tensors, meta, device='cpu'): return cls(tensors)

@@ -178,15 +178,15 @@ def with_features(net: nn.Module) -> Tapped:
     if not linear: raise SettingError(f'{type(net).__name__} has no linear layer to take features from: give it a method `features`')
     return Tapped(net, linear[-1])
 
-# %% ../nbs/00e_networks.ipynb #c24cf1f7
+# %% ../nbs/00e_networks.ipynb #de894235
 def forward_flops(
     net: nn.Module,
-    shape,  # (C, H, W) of an image
+    *inputs: torch.Tensor,  # what it takes, for one image
 ) -> int:
-    "Floating-point operations of convolutions and products (2 for a multiply-add) in one forward pass of one image."
+    "Floating-point operations of convolutions and products (2 for a multiply-add) in one forward pass."
     from torch.utils.flop_counter import FlopCounterMode
     was, p = net.training, next(net.parameters())
     net.eval()
-    with FlopCounterMode(display=False) as count, torch.no_grad(): net(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+    with FlopCounterMode(display=False) as count, torch.no_grad(): net(*[x.to(p.device) for x in inputs])
     net.train(was)
     return count.get_total_flops()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from synthlit.classifier import CLASSIFIER_PRESETS, ClassifierConfig, Fixed, epoch_order, train_classifier
+from synthlit.classifier import CLASSIFIER_PRESETS, ClassifierConfig, Fixed, epoch_order, load_classifier, train_classifier
 from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, preset_of, resolve, small_stage
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
-from synthlit.generator import Generator, fit_floor
+from synthlit.generator import Generator, fit_floor, load_generator
 from synthlit.pipeline import main
 from synthlit.recycle import ImageSet, Member, Recycled, load_member, share_out, stream_class
 from synthlit.search import SEARCH_PRESETS, SearchConfig, fast_search, kept_checkpoints, published_search
@@ -217,6 +217,26 @@ def test_recycled_rows_are_in_the_table(tiny_run):
 
 
 def test_a_recycled_evaluation_with_a_teacher_and_real_images(tiny_copy):
-    small_stage(tiny_copy, "evaluate", "more", dict(set=[], accepted=[], mixture=["multigen"]), seeds=[0], n_measure=50, teacher=True, real_share=0.3)
-    rows = {r["row"]: r["kind"] for r in load_json(tiny_copy / "more" / "result.json")["table"]}
-    assert rows["mixture, taught"] == "taught" and rows["mixture, 30% real"] == "with-real"
+    """Also the published protocol: of the real row and the mixture the best epoch by test, kept until test is open and no longer."""
+    more = dict(teacher=True, real_share=0.3, published=True)
+    small_stage(tiny_copy, "evaluate", "more", dict(set=[], accepted=[], mixture=["multigen"]), seeds=[0], n_measure=50, **more)
+    rows = {r["row"]: r for r in load_json(tiny_copy / "more" / "result.json")["table"]}
+    assert rows["mixture, taught"]["kind"] == "taught" and rows["mixture, 30% real"]["kind"] == "with-real"
+    assert {k for k, r in rows.items() if "published_test" in r} == {"real", "mixture"} and not (
+        tiny_copy / "more" / "checkpoints" / "epochs"
+    ).exists()
+    assert all(rows[k]["published_test"] >= rows[k]["test"] for k in ("real", "mixture"))
+    assert rows["mixture"]["published_gap"] == rows["real"]["published_test"] - rows["mixture"]["published_test"]
+
+
+def test_the_price_of_a_row(tiny_run):
+    """A set drawn anew costs more than a fixed one, a filtered one more than a plain one, by what is drawn and looked at."""
+    rows = {r["row"]: r for r in load_json(tiny_run.run / "evaluate" / "result.json")["table"]}
+    judge, r = load_classifier(tiny_run.run / "classifier"), load_json(tiny_run.run / "filter-seed0" / "result.json")
+    g, steps = load_generator(tiny_run.run / "gan-seed0"), load_json(tiny_run.run / "evaluate" / "result.json")["steps"]
+    training = 3 * judge.flops * steps * judge.recipe.batch
+    seen = sum(s["candidates"] for s in r["stats"])
+    assert rows["real"]["flops"] == training and rows["real"]["choice_flops"] == 0
+    assert rows["filtered (filter-seed0)"]["flops"] == training + seen * (g.flops + judge.flops) and g.flops > 0
+    assert rows["filtered, recycled (filter-seed0)"]["flops"] > rows["filtered (filter-seed0)"]["flops"]
+    assert rows["mixture"]["choice_flops"] > rows["filtered (filter-seed0)"]["choice_flops"] > 0

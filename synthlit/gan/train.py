@@ -9,7 +9,7 @@ __all__ = ['GAN_PRESETS', 'GanConfig', 'study', 'GanGenerator', 'Packs', 'Shuffl
            'check_finite', 'set_reference', 'train_gan', 'start_processes', 'work_gan', 'stage_splits', 'run_gan',
            'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #5fac5396
+# %% ../../nbs/03b_gan_training.ipynb #2255cb49
 import copy, math, os, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from ..core import (
     SettingError, Stage, global_rng, load_json, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said, save_tensors, show_grid)
 from ..generator import Generator, latents, load_generator, run_blocks, turned
 from ..splits import Split, load_split
+from ..networks import forward_flops
 from ..augment import shift_flip, to_bytes
 from ..classifier import load_classifier, of_rank, rank_and_world, to_device
 from .augment import check_policy, diff_augment
@@ -145,7 +146,7 @@ GAN_PRESETS = dict(
         augment='flip+rotate90+shift+rotate', augment_p=0.0, eval_every=5000, n_eval=100),
 )
 
-# %% ../../nbs/03b_gan_training.ipynb #f122f262
+# %% ../../nbs/03b_gan_training.ipynb #ceb17f74
 class GanGenerator(Generator):
     "A trained conditional GAN. Dials: `std` and `truncation` of the latent (see `turned`), `standing` passes that measure the batch norms anew."
     family, dials = 'synthlit.gan.train:GanGenerator', dict(std=1., truncation=0., standing=0)
@@ -154,6 +155,8 @@ class GanGenerator(Generator):
             net.eval().to(device), list(classes), tuple(shape), list(trained), dict(made), device)
         self.measured: tuple = (0, None)
     def state(self) -> tuple: return self.net.state_dict(), dict(made=self.made)
+    @property
+    def flops(self) -> int: return forward_flops(self.net, torch.zeros(1, self.net.z), torch.zeros(1, dtype=torch.int64))
     @classmethod
     def from_state(cls, tensors, meta, device='cpu'):
         "The generator from its file's tensors and description."
