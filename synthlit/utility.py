@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'predictions', 'shortly', 'save_predictions', 'load_predictions', 'as_right', 'paired_bootstrap', 'wilson',
            'check_labels', 'class_recall', 'lost_classes', 'audited', 'seen_in_train', 'by_duplicates', 'desk',
-           'trained', 'nested_order', 'curve_sizes', 'accuracy_by_size', 'by_seed', 'invert', 'real_equivalent',
-           'low_pass', 'high_pass', 'transfer', 'transfer_table', 'read_transfer', 'protocol']
+           'trained', 'nested_order', 'curve_sizes', 'accuracy_by_size', 'by_seed', 'invert', 'mean_draws',
+           'real_equivalent', 'low_pass', 'high_pass', 'transfer', 'transfer_table', 'read_transfer', 'protocol']
 
 # %% ../nbs/08a1_utility.ipynb #17c61fd9
 from dataclasses import asdict, replace
@@ -51,7 +51,7 @@ def load_predictions(path) -> tuple:  # (row -> (seeds, seeds×N bool: right or 
     t, m = load_tensors(path)
     return {k: (s, (t[f'row{i}'].long() == t['labels']).numpy()) for i, (k, s) in enumerate(m['rows'])}, t['labels'].numpy(), m['classes']
 
-# %% ../nbs/08a1_utility.ipynb #0f7a20f6
+# %% ../nbs/08a1_utility.ipynb #e53e3fdc
 def as_right(
     x,  # seeds×N, right or wrong
     name: str,  # of the parameter, for the message
@@ -65,22 +65,22 @@ def as_right(
 def paired_bootstrap(
     a,  # seeds×N bool: right answers of one recipe, e.g. trained on real images
     b,  # the same of another: row i has the same seed, column j is the same image
-    over: str = 'both',  # what is resampled: both, images, seeds
+    over: str = 'both',  # whose luck the interval covers: both (seeds and images), images
     resamples: int = 2000,
     level: float = .95,
     seed: int = 0,  # address
 ) -> dict:  # mean, low, high: accuracy of a minus that of b, as shares; seeds, n, over
-    "Mean accuracy gap between two recipes and its bootstrap interval over seeds and test images (0712.1111)."
+    "Mean accuracy gap between two recipes and its interval: a bootstrap over test images, with Student's t for the seeds."
     a, b = as_right(a, 'a'), as_right(b, 'b')
     if a.shape != b.shape: raise SettingError(f'a is {a.shape[0]} seeds×{a.shape[1]} images, b {b.shape}: a paired comparison needs the same ones')
-    if over not in ('both', 'images', 'seeds'): raise SettingError(f"over = {over!r}: one of both, images, seeds")
-    if len(a) == 1 and over != 'images':
-        raise SettingError(f"over = {over!r}: one seed cannot be resampled; train with a second seed, or say over='images' (the luck of the seed is left out)")
+    if over not in ('both', 'images'): raise SettingError(f"over = {over!r}: both or images")
+    if len(a) == 1 and over == 'both':
+        raise SettingError("over = 'both': one seed has no spread; train with a second seed, or say over='images' (the luck of the seed is left out)")
     kinds, counts = np.unique(a - b, axis=1, return_counts=True)
     g, (s, n) = rng(seed, 'utility.bootstrap'), a.shape
-    images = g.multinomial(n, counts/n, resamples)/n if over != 'seeds' else counts[None]/n
-    seeds = g.multinomial(s, [1/s]*s, resamples)/s if over != 'images' else np.full((1, s), 1/s)
-    low, high = np.quantile((images @ kinds.T*seeds).sum(1), [(1 - level)/2, (1 + level)/2])
+    draws = g.multinomial(n, counts/n, resamples)/n @ kinds.mean(0)
+    if over == 'both': draws = draws + g.standard_t(s - 1, resamples)*(a - b).mean(1).std(ddof=1)/s**.5
+    low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2])
     return dict(mean=float((a - b).mean()), low=float(low), high=float(high), seeds=s, n=n, over=over)
 
 # %% ../nbs/08a1_utility.ipynb #6c5e9746
@@ -235,7 +235,7 @@ def accuracy_by_size(
             rows.append(dict(set=name, n=n, seed=s, accuracy=acc))
     return rows
 
-# %% ../nbs/08a1_utility.ipynb #7b2a73dd
+# %% ../nbs/08a1_utility.ipynb #d3eb571a
 def by_seed(rows: list) -> tuple:
     "(sizes, seeds×sizes accuracies) of the rows of `accuracy_by_size`; all seeds must have all sizes."
     sizes, seeds = sorted({r['n'] for r in rows}), sorted({r['seed'] for r in rows})
@@ -259,6 +259,16 @@ def invert(
     t = (score - fitted[j - 1])/(fitted[j] - fitted[j - 1])
     return float(sizes[j - 1]*(sizes[j]/sizes[j - 1])**t)
 
+def mean_draws(
+    x: np.ndarray,  # seeds×k
+    n: int,  # draws
+    g: np.random.Generator,
+) -> np.ndarray:  # n×k
+    "Draws of the mean over few seeds: multivariate Student's t, which keeps how the columns go together."
+    s = len(x)
+    apart = (x - x.mean(0))/(s*(s - 1))**.5
+    return x.mean(0) + g.standard_normal((n, s)) @ apart/np.sqrt(g.chisquare(s - 1, (n, 1))/(s - 1))
+
 def real_equivalent(
     rows: list,  # of `accuracy_by_size` on real images
     scores: list,  # accuracy of the synthetic set after the same steps, on the same images, one per seed
@@ -266,14 +276,14 @@ def real_equivalent(
     resamples: int = 1000,
     seed: int = 0,  # address
 ) -> dict:  # n, low, high: images, None where outside of the sizes; rate; text
-    "How many real images a synthetic set is worth, with an interval from resampled seeds (of the curve and of the scores)."
+    "How many real images a synthetic set is worth, with an interval for the seeds (of the curve and of the scores)."
     sizes, acc = by_seed(rows)
     scores = np.asarray(scores, float)
     if len(sizes) < 2: raise SettingError(f'rows: a curve needs at least 2 sizes, got {sizes.tolist()}')
     if min(len(acc), len(scores)) < 2: raise SettingError(f'scores: {len(scores)} seeds, rows: {len(acc)}: an interval needs at least 2 of each')
     g = rng(seed, 'utility.equivalent')
-    draw = lambda x: x[g.integers(0, len(x), len(x))].mean(0)
-    low, high = np.quantile([invert(sizes, draw(acc), draw(scores)) for _ in range(resamples)], [.025, .975], method='nearest')
+    draws = zip(mean_draws(acc, resamples, g), mean_draws(scores[:, None], resamples, g)[:, 0])
+    low, high = np.quantile([invert(sizes, a, score) for a, score in draws], [.025, .975], method='nearest')
     n = invert(sizes, acc.mean(0), scores.mean())
     inside = {k: round(v) if 0 < v < np.inf else None for k, v in dict(n=n, low=low, high=high).items()}
     say = lambda v: f'fewer than {sizes[0]}' if v == 0 else f'more than {sizes[-1]}' if np.isinf(v) else f'{v:.0f}'
