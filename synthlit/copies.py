@@ -6,7 +6,7 @@
 __all__ = ['nearest_in', 'copy_test', 'nearer_than', 'share_of', 'read_copies', 'show_closest', 'confidence', 'roc_of',
            'attack_quality', 'pool_of', 'halves', 'left_out_confidence', 'attacks', 'read_attacks']
 
-# %% ../nbs/08a2_copies.ipynb #f8e8ca7a
+# %% ../nbs/08a2_copies.ipynb #0ca741e1
 from dataclasses import replace
 import numpy as np, torch
 from scipy import stats
@@ -14,7 +14,7 @@ from .core import SettingError, rng, show_grid
 from .metrics import as_features, blocks
 from .splits import Split
 from .classifier import Classifier, load_classifier
-from .utility import mean_draws, shortly, trained
+from .utility import shortly, trained
 
 # %% ../nbs/08a2_copies.ipynb #d23397a0
 def nearest_in(

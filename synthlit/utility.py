@@ -6,9 +6,11 @@
 __all__ = ['VIEWS', 'predictions', 'shortly', 'save_predictions', 'load_predictions', 'as_right', 'paired_bootstrap', 'wilson',
            'check_labels', 'class_recall', 'lost_classes', 'audited', 'seen_in_train', 'by_duplicates', 'desk',
            'trained', 'nested_order', 'curve_sizes', 'accuracy_by_size', 'by_seed', 'invert', 'mean_draws',
-           'real_equivalent', 'low_pass', 'high_pass', 'transfer', 'transfer_table', 'read_transfer', 'protocol']
+           'real_equivalent', 'low_pass', 'high_pass', 'seen', 'transfer', 'transfer_table', 'read_transfer',
+           'protocol']
 
-# %% ../nbs/08a1_utility.ipynb #17c61fd9
+# %% ../nbs/08a1_utility.ipynb #153d7a90
+import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,7 +237,7 @@ def accuracy_by_size(
             rows.append(dict(set=name, n=n, seed=s, accuracy=acc))
     return rows
 
-# %% ../nbs/08a1_utility.ipynb #d3eb571a
+# %% ../nbs/08a1_utility.ipynb #4cd35213
 def by_seed(rows: list) -> tuple:
     "(sizes, seeds×sizes accuracies) of the rows of `accuracy_by_size`; all seeds must have all sizes."
     sizes, seeds = sorted({r['n'] for r in rows}), sorted({r['seed'] for r in rows})
@@ -251,7 +253,7 @@ def invert(
 ) -> float:  # images; 0 where fewer than the smallest, inf where more than the largest
     "The size at which the rising curve nearest to the accuracies reaches a score, linear in log size between the points."
     from sklearn.isotonic import isotonic_regression
-    fitted = isotonic_regression(accuracies)
+    fitted, score = isotonic_regression(accuracies).round(12), round(float(score), 12)  # means of equal numbers differ in the last digit
     if score < fitted[0]: return 0.
     if score > fitted[-1]: return float('inf')
     j = int(np.searchsorted(fitted, score))
@@ -292,7 +294,7 @@ def real_equivalent(
     text = f'{size} worth {say(n)} real ones [{say(low)}, {say(high)}]' + (f': {rate:.1f} synthetic for one real' if rate else '')
     return dict(inside, rate=rate, text=text, least=int(sizes[0]), most=int(sizes[-1]))
 
-# %% ../nbs/08a1_utility.ipynb #b7ba57e2
+# %% ../nbs/08a1_utility.ipynb #55276d18
 def low_pass(
     images: torch.Tensor,  # N×C×H×W uint8
     sigma: float | None = None,  # standard deviation of the Gaussian, pixels; None = a sixteenth of the side, at least 1
@@ -315,6 +317,11 @@ def high_pass(images: torch.Tensor, sigma: float | None = None) -> torch.Tensor:
 
 VIEWS = dict(all=lambda x, sigma=None: x, low=low_pass, high=high_pass)  # name -> function (images, sigma)
 
+def seen(view: str, images: torch.Tensor, labels: torch.Tensor, like: Split, sigma: float | None) -> Split:
+    "Images in a view, with the classes of another split."
+    x = VIEWS[view](images, sigma)
+    return Split(f'transfer/{view}', x, labels, like.classes, digest(x, labels), '')
+
 def transfer(
     stage,  # a `Stage` or a `desk`: its ledger remembers
     train: Split,  # real images to train on
@@ -335,14 +342,13 @@ def transfer(
     out, rest = stratified(labels.numpy(), round(held*len(labels)), 0, 'utility.held')
     rows = []
     for view in views:
-        see = lambda x, y: Split(f'transfer/{view}', x := VIEWS[view](x, sigma), y, val.classes, digest(x, y), '')
-        tests = dict(real=see(val.images, val.labels), synthetic=see(images[out], labels[out]))
-        for k, (x, y) in dict(real=(train.images, train.labels), synthetic=(images[rest], labels[rest])).items():
-            x = VIEWS[view](x, sigma)
-            for s in seeds:
-                _, path = trained(stage, f'{k}-{view}-seed{s}', x, y, replace(recipe, seed=s), steps, tests['real'], view=view, set=k, seed=s)
-                c = load_classifier(path, stage.machine)
-                rows += [dict(view=view, trained=k, tested=t, seed=s, accuracy=c.accuracy(split)) for t, split in tests.items()]
+        learn = dict(real=seen(view, train.images, train.labels, val, sigma), synthetic=seen(view, images[rest], labels[rest], val, sigma))
+        tests = dict(real=seen(view, val.images, val.labels, val, sigma), synthetic=seen(view, images[out], labels[out], val, sigma))
+        for (k, a), s in itertools.product(learn.items(), seeds):
+            r = replace(recipe, seed=s)
+            _, path = trained(stage, f'{k}-{view}-seed{s}', a.images, a.labels, r, steps, tests['real'], view=view, set=k, seed=s)
+            c = load_classifier(path, stage.machine)
+            rows += [dict(view=view, trained=k, tested=t, seed=s, accuracy=c.accuracy(split)) for t, split in tests.items()]
     return rows
 
 def transfer_table(rows: list) -> list:  # dicts of view, trained, tested, accuracy, low, high
