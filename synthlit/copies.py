@@ -38,38 +38,40 @@ def nearest_in(
         out.append((exact.sqrt(), near.gather(1, at[:, None])[:, 0]))
     return torch.cat([d for d, _ in out]).numpy(), torch.cat([i for _, i in out]).numpy()
 
-# %% ../nbs/08a2_copies.ipynb #8038fde8
+# %% ../nbs/08a2_copies.ipynb #f5a88ce7
 def copy_test(
     synthetic,  # N×d features
     train,  # M×d features of what the generator was trained on
     val,  # K×d features of real images that nothing was trained on
     quantiles=(.01, .05),  # of the distances of val
-    resamples: int = 2000,
+    resamples: int = 5000,
+    level: float = .99,  # of the intervals: a false alarm accuses someone
     seed: int = 0,  # address
     block: int = 1024,  # see `nearest_in`
 ) -> dict:  # below: rows of expected, share, low, high; unauthentic: share, low, high, val; n, d_synthetic, d_val, nearest
     "Distances of synthetic images to train beside those of val to train: how many are nearer than new images are."
     if not len(synthetic): raise SettingError('synthetic: an empty set has no copies to look for')
-    most = min(quantiles)*len(val)
-    if most < 1: raise SettingError(f'quantiles = {tuple(quantiles)}: {len(val)} images of val have no {min(quantiles):.2%} quantile; use at least {1/len(val):.3g}')
+    if min(quantiles)*len(val) < 1:
+        least = f'use at least {1/len(val):.3g}' if len(val) else 'it is empty'
+        raise SettingError(f'quantiles = {tuple(quantiles)}: {len(val)} images of val have no {min(quantiles):.2%} quantile; {least}')
     (ds, near), (dv, near_val), (dt, _) = nearest_in(synthetic, train, block=block), nearest_in(val, train, block=block), nearest_in(train, train, True, block)
     g = rng(seed, 'copies.bootstrap')
-    below = [dict(expected=q, **nearer_than(ds, dv, q, resamples, g)) for q in quantiles]
-    return dict(below=below, unauthentic=dict(share_of(ds < dt[near]), val=share_of(dv < dt[near_val])['share']), zero=int((ds == 0).sum()),
+    below = [dict(expected=q, **nearer_than(ds, dv, q, resamples, g, level)) for q in quantiles]
+    return dict(below=below, unauthentic=dict(share_of(ds < dt[near], level), val=share_of(dv < dt[near_val])['share']), zero=int((ds == 0).sum()),
                 n=len(ds), d_synthetic=ds, d_val=dv, nearest=near)
 
-def nearer_than(ds: np.ndarray, dv: np.ndarray, q: float, resamples: int, g) -> dict:
+def nearer_than(ds: np.ndarray, dv: np.ndarray, q: float, resamples: int, g, level: float = .99) -> dict:
     "Share of the distances ds below the q-quantile of dv, with its bootstrap interval over both."
     dv, k = np.sort(dv), max(1, round(q*len(dv)))
     below = lambda at: np.searchsorted(np.sort(ds), dv[at])/len(ds)
     place = np.minimum((g.beta(k, len(dv) - k + 1, resamples)*len(dv)).astype(int), len(dv) - 1)
-    low, high = np.quantile(g.binomial(len(ds), below(place))/len(ds), [.025, .975])
+    low, high = np.quantile(g.binomial(len(ds), below(place))/len(ds), [(1 - level)/2, (1 + level)/2])
     return dict(share=float(below(k - 1)), low=float(low), high=float(high))
 
-def share_of(found: np.ndarray) -> dict:
+def share_of(found: np.ndarray, level: float = .99) -> dict:
     "A share and its exact (Clopper-Pearson) interval."
     k, n = int(found.sum()), len(found)
-    ci = stats.binomtest(k, n).proportion_ci()
+    ci = stats.binomtest(k, n).proportion_ci(level)
     return dict(share=k/n, low=float(ci.low), high=float(ci.high))
 
 def read_copies(r: dict) -> str:  # of `copy_test`
@@ -99,7 +101,7 @@ def show_closest(
     pair = torch.cat([images[torch.from_numpy(first)], train_images[torch.from_numpy(r['nearest'][first])]])
     show_grid(pair, 2, title, labels=['synthetic', 'train'])
 
-# %% ../nbs/08a2_copies.ipynb #07028832
+# %% ../nbs/08a2_copies.ipynb #2e29baa8
 def confidence(
     c: Classifier,
     images: torch.Tensor,  # N×C×H×W uint8
@@ -113,11 +115,10 @@ def confidence(
 def roc_of(inside: np.ndarray, outside: np.ndarray, w_in: np.ndarray, w_out: np.ndarray, fpr: float) -> tuple:
     "(AUC, share of members found at this false-positive rate) of scores, for rows of weights (resamples×N); ties count one half."
     levels, at = np.unique(np.concatenate([outside, inside]), return_inverse=True)
-    put = lambda w, i: np.stack([np.bincount(i, r, len(levels)) for r in w])[:, ::-1]/w.sum(1, keepdims=True)  # surest first
-    p_in, p_out = put(w_in, at[len(outside):]), put(w_out, at[:len(outside)])
-    tpr, far = p_in.cumsum(1), p_out.cumsum(1)
-    found = np.where(far <= fpr + 1e-12, tpr, 0.).max(1)
-    return (p_out*(tpr - p_in/2)).sum(1), found
+    put = lambda w, i: np.stack([np.bincount(i, r, len(levels)) for r in w])[:, ::-1]  # surest first
+    n_in, n_out = put(w_in, at[len(outside):]), put(w_out, at[:len(outside)])
+    found, accused, (a, b) = n_in.cumsum(1), n_out.cumsum(1), (w.sum(1) for w in (w_in, w_out))
+    return (n_out*(found - n_in/2)).sum(1)/a/b, np.where(accused <= fpr*b[:, None] + 1e-9, found, 0).max(1)/a
 
 def attack_quality(
     inside,  # score of each member, higher = surer of membership

@@ -54,11 +54,17 @@ def test_a_twin_in_train_is_a_neighbour():
     assert d[2] == d[9] == 0 and i[2] == 9 and i[9] == 2
 
 
-def test_copies_are_found_and_new_images_are_not():
+def test_alarms_are_rarely_false():
+    alarms, apart = 0, []
+    for k in range(60):
+        r = copy_test(*[G(3 * k + s).normal(size=(400, 4)) for s in range(3)], resamples=1000)
+        alarms += "SIGN OF COPYING" in read_copies(r)
+        apart.append(r["unauthentic"]["share"] - r["unauthentic"]["val"])
+    assert alarms <= 3 and abs(np.mean(apart)) < 0.015
+
+
+def test_copies_are_found():
     train, val, new = [G(s).normal(size=(2000, 6)) for s in range(3)]
-    r = copy_test(new, train, val)
-    assert all(b["low"] <= b["expected"] <= b["high"] for b in r["below"]) and "no sign" in read_copies(r)
-    assert 0.4 < r["unauthentic"]["share"] < 0.6 and abs(r["unauthentic"]["share"] - r["unauthentic"]["val"]) < 0.05
     new[:100] = train[:100] + 1e-3
     r = copy_test(new, train, val)
     assert r["below"][0]["share"] > 0.05 and r["below"][0]["low"] > 0.03 and "SIGN OF COPYING" in read_copies(r)
@@ -75,7 +81,7 @@ def test_all_copies_are_unauthentic():
 def test_interval_of_the_share_is_the_bootstrap():
     ds, dv, g = G(0).gamma(3, size=700), G(1).gamma(3.2, size=300), G(2)
     slow = [(g.choice(ds, 700) < np.sort(g.choice(dv, 300))[14]).mean() for _ in range(4000)]
-    fast = nearer_than(ds, dv, 0.05, 4000, G(3))
+    fast = nearer_than(ds, dv, 0.05, 4000, G(3), 0.95)
     assert np.allclose([fast["low"], fast["high"]], np.quantile(slow, [0.025, 0.975]), atol=0.006)
     assert fast["share"] == (ds < np.sort(dv)[14]).mean()
 
