@@ -43,14 +43,14 @@ def test_nearest_is_the_nearest(block):
     d, i = nearest_in(x, ref, block=block)
     assert np.allclose(d, full.min(1), atol=1e-3) and (i == full.argmin(1)).all() and d[3] == 0
     own = np.sqrt(((ref[:, None] - ref) ** 2).sum(2)) + np.diag([np.inf] * 30)
-    d, i = nearest_in(ref, ref, True, block)
+    d, i = nearest_in(ref, ref, np.arange(30), block)
     assert np.allclose(d, own.min(1), atol=1e-3) and (i == own.argmin(1)).all()
 
 
 def test_a_twin_in_train_is_a_neighbour():
     ref = G(0).normal(size=(10, 4))
     ref[9] = ref[2]
-    d, i = nearest_in(ref, ref, True)
+    d, i = nearest_in(ref, ref, np.arange(10))
     assert d[2] == d[9] == 0 and i[2] == 9 and i[9] == 2
 
 
@@ -103,8 +103,10 @@ def test_copy_test_refuses(s, t, v, kw, says):
 def test_features_of_two_networks_are_refused():
     with pytest.raises(SettingError, match="one network"):
         nearest_in(np.ones((3, 4)), np.ones((3, 5)))
-    with pytest.raises(ValueError, match="NaN"):
-        nearest_in(np.full((3, 4), np.nan), np.ones((3, 4)))
+    with pytest.raises(SettingError, match="ref: the features hold NaN"):
+        nearest_in(np.ones((3, 4)), np.full((3, 4), np.nan))
+    with pytest.raises(SettingError, match="x: features must be N×d"):
+        nearest_in(np.ones(3), np.ones((3, 4)))
 
 
 def test_closest_pairs_are_shown():
