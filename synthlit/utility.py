@@ -237,7 +237,7 @@ def accuracy_by_size(
             rows.append(dict(set=name, n=n, seed=s, accuracy=acc))
     return rows
 
-# %% ../nbs/08a1_utility.ipynb #4cd35213
+# %% ../nbs/08a1_utility.ipynb #419e6930
 def by_seed(rows: list) -> tuple:
     "(sizes, seeds×sizes accuracies) of the rows of `accuracy_by_size`; all seeds must have all sizes."
     sizes, seeds = sorted({r['n'] for r in rows}), sorted({r['seed'] for r in rows})
@@ -280,13 +280,13 @@ def real_equivalent(
 ) -> dict:  # n, low, high: images, None where outside of the sizes; rate; text
     "How many real images a synthetic set is worth, with an interval for the seeds (of the curve and of the scores)."
     sizes, acc = by_seed(rows)
-    scores = np.asarray(scores, float)
+    mine = np.asarray(scores, float)
     if len(sizes) < 2: raise SettingError(f'rows: a curve needs at least 2 sizes, got {sizes.tolist()}')
-    if min(len(acc), len(scores)) < 2: raise SettingError(f'scores: {len(scores)} seeds, rows: {len(acc)}: an interval needs at least 2 of each')
+    if min(len(acc), len(mine)) < 2: raise SettingError(f'scores: {len(mine)} seeds, rows: {len(acc)}: an interval needs at least 2 of each')
     g = rng(seed, 'utility.equivalent')
-    draws = zip(mean_draws(acc, resamples, g), mean_draws(scores[:, None], resamples, g)[:, 0])
+    draws = zip(mean_draws(acc, resamples, g), mean_draws(mine[:, None], resamples, g)[:, 0])
     low, high = np.quantile([invert(sizes, a, score) for a, score in draws], [.025, .975], method='nearest')
-    n = invert(sizes, acc.mean(0), scores.mean())
+    n = invert(sizes, acc.mean(0), mine.mean())
     inside = {k: round(v) if 0 < v < np.inf else None for k, v in dict(n=n, low=low, high=high).items()}
     say = lambda v: f'fewer than {sizes[0]}' if v == 0 else f'more than {sizes[-1]}' if np.isinf(v) else f'{v:.0f}'
     size = f'{n_synthetic} synthetic images are' if n_synthetic else 'this set is'
