@@ -16,12 +16,12 @@ from .splits import Split
 from .classifier import Classifier, load_classifier
 from .utility import shortly, trained
 
-# %% ../nbs/08a2_copies.ipynb #99e83642
+# %% ../nbs/08a2_copies.ipynb #0df371ec
 def as_points(x, name: str) -> torch.Tensor:  # N×d float32
     "Features, refused when they are not two-dimensional or not finite."
     x = torch.as_tensor(x).detach().cpu().float()
     if x.ndim != 2: raise SettingError(f'{name}: features must be N×d, got shape {tuple(x.shape)}')
-    if not x.isfinite().all(): raise SettingError(f'{name}: the features hold NaN or infinity, first in row {int((~x.isfinite()).any(1).nonzero()[0])}')
+    if len(bad := (~x.isfinite()).any(1).nonzero()): raise SettingError(f'{name}: the features hold NaN or infinity, first in row {int(bad[0])}')
     return x
 
 def nearest_in(
@@ -46,7 +46,7 @@ def nearest_in(
     if not out: return np.empty(0, np.float32), np.empty(0, np.int64)
     return torch.cat([d for d, _ in out]).numpy(), torch.cat([i for _, i in out]).numpy()
 
-# %% ../nbs/08a2_copies.ipynb #0cd94866
+# %% ../nbs/08a2_copies.ipynb #d78fd4a8
 def copy_test(
     synthetic,  # N×d features
     train,  # M×d features of what the generator was trained on
@@ -68,8 +68,8 @@ def copy_test(
     radius = lambda at: np.array([dt[i] for i in at.tolist()])
     g = rng(seed, 'copies.bootstrap')
     below = [dict(expected=q, **nearer_than(ds, dv, q, resamples, g, level)) for q in quantiles]
-    return dict(below=below, unauthentic=dict(share_of(ds < radius(near), level), val=share_of(dv < radius(near_val))['share']), zero=int((ds == 0).sum()),
-                n=len(ds), d_synthetic=ds, d_val=dv, nearest=near)
+    unauthentic = dict(share_of(ds < radius(near), level), val=share_of(dv < radius(near_val))['share'])
+    return dict(below=below, unauthentic=unauthentic, zero=int((ds == 0).sum()), n=len(ds), d_synthetic=ds, d_val=dv, nearest=near)
 
 def nearer_than(ds: np.ndarray, dv: np.ndarray, q: float, resamples: int, g, level: float = .99) -> dict:
     "Share of the distances ds below the q-quantile of dv, with its bootstrap interval over both."
@@ -89,8 +89,9 @@ def read_copies(r: dict) -> str:  # of `copy_test`
     "What the test says, in words."
     words = []
     for b in r['below']:
-        more = 'more than new images would' if b['low'] > b['expected'] else 'fewer, they keep away' if b['high'] < b['expected'] else 'as new images would'
-        words.append(f'{b["share"]:.1%} [{b["low"]:.1%}, {b["high"]:.1%}] lie as near to a training image as the nearest {b["expected"]:.0%} of val: {more}')
+        q, fewer = b['expected'], 'fewer, they keep away' if b['high'] < b['expected'] else 'as new images would'
+        words.append(f'{b["share"]:.1%} [{b["low"]:.1%}, {b["high"]:.1%}] lie as near to a training image as the nearest {q:.0%} of val: '
+                     + ('more than new images would' if b['low'] > q else fewer))
     sign = r['zero'] or any(b['low'] > b['expected'] for b in r['below'])
     u = r['unauthentic']
     words.append(f'{u["share"]:.1%} [{u["low"]:.1%}, {u["high"]:.1%}] are unauthentic ({u["val"]:.1%} of val are)')
@@ -112,7 +113,7 @@ def show_closest(
     pair = torch.cat([images[torch.from_numpy(first)], train_images[torch.from_numpy(r['nearest'][first])]])
     show_grid(pair, 2, title, labels=['synthetic', 'train'])
 
-# %% ../nbs/08a2_copies.ipynb #497b44de
+# %% ../nbs/08a2_copies.ipynb #fdbe7eef
 def confidence(
     c: Classifier,
     images: torch.Tensor,  # N×C×H×W uint8
@@ -142,7 +143,8 @@ def attack_quality(
     inside, outside = np.asarray(inside, float), np.asarray(outside, float)
     for k, x in dict(inside=inside, outside=outside).items():
         if len(x) < 2 or not np.isfinite(x).all(): raise SettingError(f'{k}: at least 2 scores that are numbers are needed, got {len(x)}')
-    if fpr*len(outside) < 1: raise SettingError(f'fpr = {fpr}: of {len(outside)} non-members that is none; use at least {1/len(outside):.2g}, or more non-members')
+    if fpr*len(outside) < 1:
+        raise SettingError(f'fpr = {fpr}: of {len(outside)} non-members that is none; use at least {1/len(outside):.2g}, or more non-members')
     g, draws = rng(seed, 'copies.attack'), []
     for b in blocks(resamples, 100):
         w_in, w_out = [g.multinomial(n := len(x), np.full(n, 1/n), b.stop - b.start) for x in (inside, outside)]
@@ -152,7 +154,7 @@ def attack_quality(
     return dict(auc=float(auc[0]), auc_low=float(a_lo), auc_high=float(a_hi), tpr=float(tpr[0]), tpr_low=float(t_lo), tpr_high=float(t_hi),
                 fpr=fpr, members=len(inside), others=len(outside))
 
-# %% ../nbs/08a2_copies.ipynb #00fc10ca
+# %% ../nbs/08a2_copies.ipynb #fa582d52
 def pool_of(
     members: tuple,  # (images, labels) that the generator was trained on
     others: Split,  # real images that nothing was trained on, such as val
@@ -201,7 +203,8 @@ def attacks(
 ) -> dict:  # loss, lira -> quality
     "How well membership in the generator's training set can be told from a classifier."
     x, y, member = pool
-    if y.max() >= len(target.classes): raise SettingError(f'target: it knows {len(target.classes)} classes ({shortly(target.classes)}), the pool has a label {int(y.max())}')
+    if y.max() >= len(target.classes):
+        raise SettingError(f'target: it knows {len(target.classes)} classes ({shortly(target.classes)}), the pool has a label {int(y.max())}')
     phi = confidence(target, x, y)
     scores = dict(loss=phi, **(dict(lira=(phi - reference[0])/reference[1]) if reference else {}))
     return {k: attack_quality(s[member], s[~member], **how) for k, s in scores.items()}
@@ -210,6 +213,7 @@ def read_attacks(found: dict, who: str) -> str:  # of `attacks`
     "What the attacks say of a classifier, in words."
     def one(k, q):
         hit = 'members can be told apart' if q['auc_low'] > .5 else 'no better than guessing, as far as so many images show'
-        return (f'{k} attack: AUC {q["auc"]:.3f} [{q["auc_low"]:.3f}, {q["auc_high"]:.3f}], finds {q["tpr"]:.1%} [{q["tpr_low"]:.1%}, {q["tpr_high"]:.1%}] '
+        return (f'{k} attack: AUC {q["auc"]:.3f} [{q["auc_low"]:.3f}, {q["auc_high"]:.3f}], '
+                f'finds {q["tpr"]:.1%} [{q["tpr_low"]:.1%}, {q["tpr_high"]:.1%}] '
                 f'of the members while accusing at most {q["fpr"]:.0%} of the others: {hit}')
     return f'{who}\n' + '\n'.join('  ' + one(k, q) for k, q in found.items())

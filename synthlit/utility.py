@@ -85,7 +85,7 @@ def paired_bootstrap(
     low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2])
     return dict(mean=float((a - b).mean()), low=float(low), high=float(high), seeds=s, n=n, over=over)
 
-# %% ../nbs/08a1_utility.ipynb #6c5e9746
+# %% ../nbs/08a1_utility.ipynb #ff73214c
 def wilson(
     p: float,  # share that was found
     n: int,  # of how many
@@ -102,7 +102,8 @@ def check_labels(right: np.ndarray, labels, classes: list) -> np.ndarray:
     if y.shape != right.shape[1:]: raise SettingError(f'labels: {y.shape} labels for {right.shape[1]} images')
     if len(y) and y.max() >= len(classes): raise SettingError(f'classes: {len(classes)} names, but there is a label {y.max()}')
     counts = np.bincount(y, minlength=len(classes))
-    if not counts.all(): raise SettingError(f'labels: class {classes[int(counts.argmin())]!r} has no image here, so it has no recall; leave it out of `classes`')
+    if not counts.all():
+        raise SettingError(f'labels: class {classes[int(counts.argmin())]!r} has no image here, so it has no recall; leave it out of `classes`')
     return y
 
 def class_recall(
@@ -132,7 +133,7 @@ def lost_classes(
         rows.append({'class': c, 'recall_real': float(a[:, y == i].mean()), 'recall': float(b[:, y == i].mean()), **gap})
     return sorted(rows, key=lambda r: -r['mean'])[:worst]
 
-# %% ../nbs/08a1_utility.ipynb #004cec87
+# %% ../nbs/08a1_utility.ipynb #5c40df25
 def audited(
     folder,  # with the files of `audit_dataset`
     test,  # digest of the test split that was audited, or the Split itself
@@ -142,7 +143,8 @@ def audited(
     "Test images with a near-duplicate in train, from an audit's files."
     found = load_json(Path(folder)/f'{name}.json')
     if found['digests'][1] != getattr(test, 'digest', test):
-        raise DataError(f'{Path(folder)/name}.json audited another test split than this one: call `audit_dataset` for it, or search it with `seen_in_train`')
+        raise DataError(f'{Path(folder)/name}.json audited another test split than this one: '
+                        'call `audit_dataset` for it, or search it with `seen_in_train`')
     t = load_table(Path(folder)/f'{name}.parquet', ['test', 'score', 'exact'])
     keep = (t['score'].to_numpy() >= (found['threshold'] if threshold is None else threshold)) | t['exact'].to_numpy()
     return np.unique(t['test'].to_numpy()[keep])
@@ -191,7 +193,7 @@ def trained(
     acc = Trials(stage, val).run(name, lambda: Fixed(images, labels), recipe, steps, **facts)
     return acc, stage.dir/'trials'/f'{name}.safetensors'
 
-# %% ../nbs/08a1_utility.ipynb #e89cb64a
+# %% ../nbs/08a1_utility.ipynb #1938409c
 def nested_order(
     labels,  # N
     seed: int,  # address
@@ -211,7 +213,8 @@ def curve_sizes(
 ) -> list:  # ascending, the last is n
     "Sizes of a learning curve, geometric down from the whole set."
     sizes = sorted({round(n/factor**i) for i in range(points)})
-    if sizes[0] < 2*classes: raise SettingError(f'points = {points}, factor = {factor:g}: {n} images would shrink to {sizes[0]}, fewer than 2 for each of {classes} classes')
+    if sizes[0] < 2*classes:
+        raise SettingError(f'points = {points}, factor = {factor:g}: {n} images would shrink to {sizes[0]}, fewer than 2 for each of {classes} classes')
     return sizes
 
 def accuracy_by_size(
@@ -227,7 +230,8 @@ def accuracy_by_size(
 ) -> list:  # dicts of set, n, seed, accuracy
     "Accuracy of the recipe after training on nested subsets of a set: len(sizes)*len(seeds) trainings, those in the ledger left out."
     if not sizes or max(sizes) > len(labels): raise SettingError(f'sizes = {sizes}: the set {name} has {len(labels)} images')
-    if min(sizes) < len(labels.unique()): raise SettingError(f'sizes = {sizes}: {min(sizes)} images cannot show all {len(labels.unique())} classes of {name}')
+    if min(sizes) < len(labels.unique()):
+        raise SettingError(f'sizes = {sizes}: {min(sizes)} images cannot show all {len(labels.unique())} classes of {name}')
     rows = []
     for s in seeds:
         order = torch.from_numpy(nested_order(labels, s))
@@ -294,7 +298,7 @@ def real_equivalent(
     text = f'{size} worth {say(n)} real ones [{say(low)}, {say(high)}]' + (f': {rate:.1f} synthetic for one real' if rate else '')
     return dict(inside, rate=rate, text=text, least=int(sizes[0]), most=int(sizes[-1]))
 
-# %% ../nbs/08a1_utility.ipynb #55276d18
+# %% ../nbs/08a1_utility.ipynb #500654be
 def low_pass(
     images: torch.Tensor,  # N×C×H×W uint8
     sigma: float | None = None,  # standard deviation of the Gaussian, pixels; None = a sixteenth of the side, at least 1
@@ -368,7 +372,8 @@ def read_transfer(
     views = dict.fromkeys(r['view'] for r in table)
     rr, rs, sr = [acc['all', a, b] for a, b in (('real', 'real'), ('real', 'synthetic'), ('synthetic', 'real'))]
     shows, serves = rs > rr - margin, sr > rr - margin
-    verdict = {(True, True): 'both ways work', (True, False): 'the images show their class but lack variety: collapse, or a filter that keeps only easy ones',
+    verdict = {(True, True): 'both ways work',
+               (True, False): 'the images show their class but lack variety: collapse, or a filter that keeps only easy ones',
                (False, True): 'they train well, though some do not show their class to a classifier of real images',
                (False, False): 'they do not look like the real ones, or their labels are wrong'}[shows, serves]
     gaps = {v: acc[v, 'real', 'real'] - acc[v, 'synthetic', 'real'] for v in views}
@@ -378,7 +383,7 @@ def read_transfer(
     where = 'both alike' if abs(apart) < margin else 'fine detail' if apart > 0 else 'coarse shape'
     return f'{text} Gap with coarse shape only {100*gaps["low"]:.1f} points, with fine detail only {100*gaps["high"]:.1f}: it is carried by {where}.'
 
-# %% ../nbs/08a1_utility.ipynb #91542278
+# %% ../nbs/08a1_utility.ipynb #ec03c1b8
 def protocol(
     recipe,  # a ClassifierConfig
     steps: int,
@@ -395,7 +400,8 @@ def protocol(
         + (f', opened {openings} time{"s" if openings != 1 else ""} so far' if openings is not None else ', not sealed'),
         f'trained: {recipe.network}{f", width {recipe.width}" if recipe.width else ""}, {recipe.optimizer}, {recipe.schedule}, {how}'
         f'batch {recipe.batch}, {steps} steps for every row, weights of the {"last step" if recipe.keep == "last" else "best epoch on val"}',
-        f'sets: {n[0]} images' + (f' to {n[-1]} images' if len(n) > 1 else '') + f' in {len(sizes)} rows; the gap is to real images after the same steps',
+        f'sets: {n[0]} images' + (f' to {n[-1]} images' if len(n) > 1 else '')
+        + f' in {len(sizes)} rows; the gap is to real images after the same steps',
         f'seeds: {", ".join(map(str, seeds))}; intervals: paired bootstrap over seeds and test images' if len(seeds) > 1
         else f'seed: {seeds[0]} alone; intervals: paired bootstrap over test images, the luck of the seed is left out',
         'left out of the intervals: the training of the generator, and the cut of the data'])
