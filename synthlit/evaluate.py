@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['EVALUATE_PRESETS', 'EvaluateConfig', 'interval', 'Row', 'sources_of', 'floor_set', 'accepted_set', 'recycled_rows',
            'row_path', 'epochs_of', 'train_row', 'measures', 'optimism', 'best_epochs', 'refuse_contamination',
-           'drawing_flops', 'choice_flops', 'price', 'train_rows', 'work_evaluate', 'run_evaluate', 'summary',
-           'by_best_epoch', 'print_table']
+           'best_row', 'images_of', 'before_test', 'copies_of', 'looked_at', 'duplicated', 'drawing_flops',
+           'choice_flops', 'price', 'train_rows', 'work_evaluate', 'run_evaluate', 'score', 'summary', 'by_best_epoch',
+           'print_table']
 
-# %% ../nbs/08a_evaluate.ipynb #e8de6b4f
+# %% ../nbs/08a_evaluate.ipynb #bf5b7836
 import re, shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np, torch
 from scipy import stats
 from .core import (
     Checkpoints, SettingError, Stage, digest, load_json, load_table, open_stage, preset_of, read_manifest, resolve, said,
-    save_table, side_by_side, take_lock)
+    save_table, save_tensors, side_by_side, take_lock)
 from .metrics import fid, frechet_distance, prdc
 from .generator import fit_floor, load_generator
 from .splits import Split, ledger_path, open_test, openings
@@ -27,8 +28,12 @@ from .filter import images_at, load_accepted
 from .recycle import ImageSet, Member, Recycled, load_member
 from .multigen import load_mixture
 from .gan.train import stage_splits
+from .utility import (
+    accuracy_by_size, audited, by_duplicates, class_recall, curve_sizes, desk, load_predictions, lost_classes, paired_bootstrap, predictions, protocol,
+    read_transfer, real_equivalent, save_predictions, seen_in_train, transfer, transfer_table)
+from .copies import attacks, copy_test, left_out_confidence, pool_of, read_copies
 
-# %% ../nbs/08a_evaluate.ipynb #2ff5e87a
+# %% ../nbs/08a_evaluate.ipynb #f0c00d40
 @dataclass
 class EvaluateConfig:
     "Settings of the evaluation. The recipe is the real classifier's."
@@ -44,11 +49,19 @@ class EvaluateConfig:
     published: bool = False  # also say what the published protocol would claim of real and mixtures: the best epoch by test instead of the last
     teacher: bool = False  # a row with the real classifier's probabilities as labels (it brings knowledge of real images: a row of its own kind)
     real_share: Annotated[float, (0, 0.999)] = 0.0  # a row whose images are real to this share; 0 = none
+    audit: str = ''  # folder with the files of an audit (chapter 01b); empty: small splits are searched for test images that are in train
+    curve: Annotated[int, (0, 12)] = 0  # sizes of a learning curve on real images: how many of them a set is worth; costs curve x seeds trainings
+    transfer: bool = False  # real and best set to real and best set, whole, low- and high-pass; costs 6 x seeds trainings
+    references: Annotated[int, (0, 64)] = 0  # classifiers of random halves for the membership attack, an even number; 0 = the loss attack alone
     inception: str = ''  # path to pytorch-fid's Inception weights; with them FID is measured too
     def check(self, facts: dict):
         "Refuse seeds said twice, missing weights, and a ledger that cannot be written."
         if len(set(self.seeds)) < len(self.seeds): raise SettingError(f'evaluate.seeds = {self.seeds}: a seed said twice is no second measurement')
         if self.inception and not Path(self.inception).is_file(): raise SettingError(f'evaluate.inception = {self.inception!r}: no such file')
+        if self.audit and not Path(self.audit).is_dir(): raise SettingError(f'evaluate.audit = {self.audit!r}: no such folder')
+        if self.references % 2: raise SettingError(f'evaluate.references = {self.references}: halves come in pairs, use {self.references + 1}')
+        if self.curve == 1: raise SettingError('evaluate.curve = 1: a curve needs at least 2 sizes; use 5, or 0 for none')
+        if self.curve and len(self.seeds) < 2: raise SettingError('evaluate.curve: its interval comes from at least 2 evaluate.seeds')
         take_lock(ledger_path('0'*16).parent/'locks'/'check.lock', wait=60.).release()
 
 EVALUATE_PRESETS = dict(
@@ -181,6 +194,67 @@ def refuse_contamination(stage: Stage, sealed: dict):
             if d in read_manifest(f)['saw']:
                 raise SettingError(f'{f.name} was trained on the {part} images of this split: its score on them would mean nothing')
 
+# %% ../nbs/08a_evaluate.ipynb #9ec107cf
+def best_row(rows: list) -> str | None:
+    "The row of synthetic images alone that val likes best."
+    mine: dict = {}
+    for r in rows:
+        if r['kind'] in ('synthetic', 'filtered', 'mixture'): mine.setdefault(r['row'], []).append(r['val'])
+    return max(mine, key=lambda k: float(np.mean(mine[k]))) if mine else None
+
+def images_of(row: Row, seed: int) -> tuple:
+    "(images, labels) of a row, its first set where it has several."
+    data = row.make()
+    return data(seed).epoch(0) if callable(data) else data
+
+def before_test(stage: Stage, train: Split, val: Split, classifier, steps: int, rows: list, kinds: dict) -> dict:
+    "What needs no test: copies and attacks on the best row; on request its worth in real images and transfer."
+    c, best, out, at = stage.cfg, best_row(rows), {}, desk(stage.dir/'checkpoints'/'asked', stage.machine, stage.track)
+    if c.curve:
+        curve = accuracy_by_size(at, 'real', train.images, train.labels, curve_sizes(len(train), len(train.classes), c.curve), c.seeds,
+                                 classifier.recipe, steps, val)
+        scores = {k: [r['val'] for r in rows if r['row'] == k] for k, row in kinds.items() if row.kind != 'real'}
+        n = {r['row']: r['n'] for r in rows}
+        out |= dict(curve=curve, worth={k: real_equivalent(curve, v, n[k]) for k, v in scores.items() if len(v) > 1})
+    if best is None: return out
+    images, labels = images_of(kinds[best], c.seeds[0])
+    if c.transfer:
+        t = transfer_table(transfer(at, train, val, images, labels, classifier.recipe, steps, c.seeds))
+        out |= dict(transfer=t, transfer_text=read_transfer(t))
+    pool = pool_of((train.images, train.labels), val, c.n_measure)
+    reference = left_out_confidence(at, pool, classifier.recipe, steps, val, c.references) if c.references else None
+    first = {k: next(r['model'] for r in rows if r['row'] == k) for k in ('real', best)}
+    privacy = {k: attacks(m, pool, reference, fpr=max(.01, 2/len(pool[1]))) for k, m in first.items()}
+    return dict(out, best=best, copies=copies_of(stage, images, train, val, classifier), privacy=privacy)
+
+def copies_of(stage: Stage, images: torch.Tensor, train: Split, val: Split, classifier, pairs: int = 24) -> dict:
+    "Distances to train in the real classifier's features beside those of val; the closest pairs are kept as images."
+    pick = torch.linspace(0, len(images) - 1, min(len(images), stage.cfg.n_measure)).long()
+    f = classifier.features
+    r = copy_test(f(images[pick]), f(train.images), f(val.images), quantiles=(max(.01, 1/len(val)), max(.05, 1/len(val))))
+    first = np.argsort(r['d_synthetic'], kind='stable')[:pairs]
+    save_tensors(stage.dir/'closest.safetensors', dict(synthetic=images[pick][torch.from_numpy(first)], train=train.images[r['nearest'][first]]))
+    return {**{k: r[k] for k in ('below', 'unauthentic', 'zero', 'n')}, 'text': read_copies(r)}
+
+def looked_at(stage: Stage, train: Split, test: Split) -> dict:
+    "What the predictions on test say beyond accuracy: gaps with intervals, recall by class, the gap without images that train has too."
+    right, labels, classes = load_predictions(stage.dir/'predictions.safetensors')
+    seeds, real = right['real']
+    every, twice, out = len(np.unique(labels)) == len(classes), duplicated(stage.cfg, train, test), dict(gaps={}, classes={}, lost={}, duplicates={})
+    for row, (mine, x) in right.items():
+        a = real[[seeds.index(s) for s in mine]]
+        if every: out['classes'][row] = class_recall(x, labels, classes)
+        if row == 'real': continue
+        out['gaps'][row] = paired_bootstrap(a, x, 'both' if len(mine) > 1 else 'images')
+        if every: out['lost'][row] = lost_classes(a, x, labels, classes)
+        if twice is not None: out['duplicates'][row] = by_duplicates(a, x, twice)
+    return out
+
+def duplicated(cfg: EvaluateConfig, train: Split, test: Split):
+    "Positions of test images that train has too: from an audit, or searched where that takes seconds; None where neither."
+    if cfg.audit: return audited(cfg.audit, test, test.name.split('/')[0])
+    return seen_in_train(train, test) if len(train)*len(test) <= 5e6 else None
+
 # %% ../nbs/08a_evaluate.ipynb #f753ed70
 def drawing_flops(folder: Path, classifier, device) -> float:
     "Operations of drawing the images of a set, a filtered set or a mixture once: all candidates, and the looks at them."
@@ -224,11 +298,12 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
         r['val'] = r['model'].accuracy(val)
     return rows
 
-# %% ../nbs/08a_evaluate.ipynb #03c9dc68
+# %% ../nbs/08a_evaluate.ipynb #cbe4cd16
 def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     few, extra = facts['generators']*min(cfg.row_seeds, len(cfg.seeds)), bool(cfg.recycle) + cfg.teacher + bool(cfg.real_share)
     runs, changing = 3*len(cfg.seeds) - 1 + 2*few, extra*len(cfg.seeds) + bool(cfg.recycle)*few
+    runs += (cfg.curve + 6*cfg.transfer)*len(cfg.seeds) + cfg.references
     drawn = runs*facts['n_train'] + 2*changing*facts['recipe_images']/(cfg.recycle or 1)  # about half of the candidates pass
     return dict(classifier=(runs + changing)*facts['recipe_images'], sample=drawn, disk=(runs + changing)*1e6)
 
@@ -238,31 +313,45 @@ def run_evaluate(stage: Stage) -> dict:
     facts = load_json(stage.input('splits')/'result.json')
     refuse_contamination(stage, {k: facts['digests'][k] for k in ('val', 'test')})
     steps = planned_steps(classifier.recipe, len(train))
-    real = Row('real', lambda: (train.images, train.labels))
-    rows = train_rows(stage, {'real': real, **sources_of(stage, train), **recycled_rows(stage, train, classifier, steps)}, classifier, steps, val)
+    kinds = {'real': Row('real', lambda: (train.images, train.labels)), **sources_of(stage, train), **recycled_rows(stage, train, classifier, steps)}
+    rows = train_rows(stage, kinds, classifier, steps, val)
+    asked = before_test(stage, train, val, classifier, steps, rows, kinds)
     test = open_test(stage.input('splits'), f'{stage.run.name}/{stage.dir.name}', f'CAS of {len(rows)} classifiers', digest(stage.identity))
-    for r in rows: r['test'] = r.pop('model').accuracy(test)
-    if stage.cfg.published: best_epochs(stage, rows, test)
+    score(stage, rows, test)
     save_table(stage.dir/'scores.parquet', rows)
     searched = [f for k in ('accepted', 'mixture') for f in stage.inputs.get(k, [])]
-    result = dict(table=summary(rows), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched],
-                  n_test=len(test), cut=test.cut, test_digest=test.digest, recipe=vars(classifier.recipe), features='real classifier')
+    beside = looked_at(stage, train, test)
+    how = protocol(classifier.recipe, steps, stage.cfg.seeds, {r['row']: r['n'] for r in rows}, test, len(openings(test.digest)))
+    result = dict(table=summary(rows, beside.pop('gaps')), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched], protocol=how,
+                  n_test=len(test), cut=test.cut, test_digest=test.digest, recipe=vars(classifier.recipe), features='real classifier', **asked, **beside)
     stage.finish(result)
-    shutil.rmtree(stage.dir/'checkpoints'/'epochs', ignore_errors=True)  # looked at, and not needed any more
+    for gone in ('epochs', 'asked'): shutil.rmtree(stage.dir/'checkpoints'/gone, ignore_errors=True)  # looked at, and not needed any more
     return result
 
-# %% ../nbs/08a_evaluate.ipynb #91a05f54
-def summary(rows: list) -> list:
+def score(stage: Stage, rows: list, test: Split):
+    "Accuracy on test of every row's classifier, its predictions kept; with `published` also of its best epoch."
+    predicted: dict = {}
+    for r in rows:
+        p = predicted.setdefault(r['row'], {})[r['seed']] = predictions(r.pop('model'), test)
+        r['test'] = (p.long() == test.labels).float().mean().item()
+    save_predictions(stage.dir/'predictions.safetensors', predicted, test)
+    if stage.cfg.published: best_epochs(stage, rows, test)
+
+# %% ../nbs/08a_evaluate.ipynb #7020c2da
+def summary(
+    rows: list,  # of scores.parquet
+    gaps: dict,  # row -> `paired_bootstrap` of real and that row
+) -> list:
     "One line per source from the scores of its seeds: accuracy on test with its interval, paired gap to real with its interval, measures."
-    real = {r['seed']: r['test'] for r in rows if r['kind'] == 'real'}
     out = []
     for name in dict.fromkeys(r['row'] for r in rows):
         mine = [r for r in rows if r['row'] == name]
-        acc, gap = interval([r['test'] for r in mine]), interval([real[r['seed']] - r['test'] for r in mine])
+        acc, gap = interval([r['test'] for r in mine]), gaps.get(name, dict(mean=0., low=0., high=0., over='both'))
         of_row = 'kind', 'n', 'frechet', 'precision', 'recall', 'density', 'coverage', 'n_measure', 'fid', 'flops', 'choice_flops'
         keep = {k: mine[0][k] for k in of_row if mine[0].get(k) is not None}
         out.append(dict(row=name, seeds=len(mine), val=float(np.mean([r['val'] for r in mine])),
-                        test=acc[0], low=acc[1], high=acc[2], gap=gap[0], gap_low=gap[1], gap_high=gap[2], **keep, **by_best_epoch(mine, rows)))
+                        test=acc[0], low=acc[1], high=acc[2], gap=gap['mean'], gap_low=gap['low'], gap_high=gap['high'], gap_over=gap['over'],
+                        **keep, **by_best_epoch(mine, rows)))
     return out
 
 def by_best_epoch(mine: list, rows: list) -> dict:
@@ -278,8 +367,8 @@ def print_table(table: list):
     print(f'{"trained on":34}{"images":>8}{"seeds":>6}{"test %":>8} {"interval":>14}{"gap":>7} {"interval":>14}'
           f'{"Fréchet*":>10}{"cover.":>8}{"TFLOP":>8}{"chosen":>8}')
     for r in table:
-        gap = ('', '') if r['kind'] == 'real' else (f'{100*r["gap"]:.2f}', ci(r['gap_low'], r['gap_high']))
+        gap = ('', '') if r['kind'] == 'real' else (f'{100*r["gap"]:.2f}', ci(r['gap_low'], r['gap_high']) + '†'*(r['gap_over'] == 'images'))
         print(f'{r["row"]:34}{r["n"]:8}{r["seeds"]:6}{100*r["test"]:8.2f} {ci(r["low"], r["high"]):>14}'
               f'{gap[0]:>7} {gap[1]:>14}{r["frechet"]:10.2f}{r["coverage"]:8.2f}{r["flops"]/1e12:8.3g}{r["choice_flops"]/1e12:8.3g}')
     print('* Fréchet distance and coverage to val in the real classifier\'s features, not FID\n'
-          'TFLOP: work of one training, its images included; chosen: of the trials before it')
+          'TFLOP: work of one training, its images included; chosen: of the trials before it; † one seed: the luck of the test images alone')
