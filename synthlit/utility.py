@@ -193,7 +193,7 @@ def trained(
     acc = Trials(stage, val).run(name, lambda: Fixed(images, labels), recipe, steps, **facts)
     return acc, stage.dir/'trials'/f'{name}.safetensors'
 
-# %% ../nbs/08a1_utility.ipynb #1938409c
+# %% ../nbs/08a1_utility.ipynb #a5590428
 def nested_order(
     labels,  # N
     seed: int,  # address
@@ -214,7 +214,8 @@ def curve_sizes(
     "Sizes of a learning curve, geometric down from the whole set."
     sizes = sorted({round(n/factor**i) for i in range(points)})
     if sizes[0] < 2*classes:
-        raise SettingError(f'points = {points}, factor = {factor:g}: {n} images would shrink to {sizes[0]}, fewer than 2 for each of {classes} classes')
+        raise SettingError(f'points = {points}, factor = {factor:g}: {n} images would shrink to {sizes[0]}, '
+                           f'fewer than 2 for each of {classes} classes')
     return sizes
 
 def accuracy_by_size(
