@@ -9,7 +9,7 @@ __all__ = ['EVALUATE_PRESETS', 'EvaluateConfig', 'interval', 'Row', 'sources_of'
            'choice_flops', 'price', 'train_rows', 'work_evaluate', 'run_evaluate', 'score', 'summary', 'by_best_epoch',
            'print_table']
 
-# %% ../nbs/08a_evaluate.ipynb #bf5b7836
+# %% ../nbs/08a_evaluate.ipynb #b29a4918
 import re, shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,8 +29,8 @@ from .recycle import ImageSet, Member, Recycled, load_member
 from .multigen import load_mixture
 from .gan.train import stage_splits
 from .utility import (
-    accuracy_by_size, audited, by_duplicates, class_recall, curve_sizes, desk, load_predictions, lost_classes, paired_bootstrap, predictions, protocol,
-    read_transfer, real_equivalent, save_predictions, seen_in_train, transfer, transfer_table)
+    accuracy_by_size, audited, by_duplicates, class_recall, curve_sizes, desk, load_predictions, lost_classes, paired_bootstrap, predictions,
+    protocol, read_transfer, real_equivalent, save_predictions, seen_in_train, transfer, transfer_table)
 from .copies import attacks, copy_test, left_out_confidence, pool_of, read_copies
 
 # %% ../nbs/08a_evaluate.ipynb #f0c00d40
@@ -298,7 +298,7 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
         r['val'] = r['model'].accuracy(val)
     return rows
 
-# %% ../nbs/08a_evaluate.ipynb #cbe4cd16
+# %% ../nbs/08a_evaluate.ipynb #002296ae
 def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     few, extra = facts['generators']*min(cfg.row_seeds, len(cfg.seeds)), bool(cfg.recycle) + cfg.teacher + bool(cfg.real_share)
@@ -322,8 +322,9 @@ def run_evaluate(stage: Stage) -> dict:
     searched = [f for k in ('accepted', 'mixture') for f in stage.inputs.get(k, [])]
     beside = looked_at(stage, train, test)
     how = protocol(classifier.recipe, steps, stage.cfg.seeds, {r['row']: r['n'] for r in rows}, test, len(openings(test.digest)))
-    result = dict(table=summary(rows, beside.pop('gaps')), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched], protocol=how,
-                  n_test=len(test), cut=test.cut, test_digest=test.digest, recipe=vars(classifier.recipe), features='real classifier', **asked, **beside)
+    result = dict(table=summary(rows, beside.pop('gaps')), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched],
+                  n_test=len(test), cut=test.cut, test_digest=test.digest, recipe=vars(classifier.recipe), features='real classifier',
+                  protocol=how, **asked, **beside)
     stage.finish(result)
     for gone in ('epochs', 'asked'): shutil.rmtree(stage.dir/'checkpoints'/gone, ignore_errors=True)  # looked at, and not needed any more
     return result

@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'SECTIONS', 'ReportConfig', 'Html', 'safe', 'el',
-           'percent', 'ci', 'span', 'bars', 'zoom', 'dots', 'table', 'svg', 'curves', 'fit_tile', 'canvas', 'data_uri',
-           'grid', 'headline_row', 'headline', 'against_floor', 'Folder', 'how_far', 'look', 'survey', 'RunView',
-           'attempt', 'missing', 'score_bars', 'tile', 'headline_section', 'chance', 'score_table', 'table_section',
-           'first', 'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words',
-           'filter_part', 'filter_section', 'mixture_section', 'has', 'curves_section', 'fewshot_section',
-           'splits_section', 'optimism_part', 'epochs_part', 'openings_part', 'leak_part', 'honesty_section',
-           'times_part', 'provenance_section', 'section', 'state_part', 'page', 'make_report', 'compare_runs',
-           'work_report', 'run_report']
+           'percent', 'ci', 'gap_ci', 'span', 'bars', 'zoom', 'dots', 'table', 'svg', 'curves', 'fit_tile', 'canvas',
+           'data_uri', 'grid', 'headline_row', 'headline', 'against_floor', 'Folder', 'how_far', 'look', 'survey',
+           'RunView', 'attempt', 'missing', 'score_bars', 'tile', 'headline_section', 'chance', 'score_table',
+           'table_section', 'recall_part', 'copies_part', 'privacy_part', 'asked_part', 'beside_section', 'first',
+           'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words', 'filter_part',
+           'filter_section', 'mixture_section', 'has', 'curves_section', 'fewshot_section', 'splits_section',
+           'optimism_part', 'epochs_part', 'openings_part', 'leak_part', 'honesty_section', 'times_part',
+           'provenance_section', 'section', 'state_part', 'page', 'make_report', 'compare_runs', 'work_report',
+           'run_report']
 
-# %% ../nbs/08c_report.ipynb #d09d502c
+# %% ../nbs/08c_report.ipynb #24902fcc
 import base64, functools, html, io, json, re, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
-from .core import said, STAGES, DamagedFile, History, Stage, atomic, load_json, load_table, open_stage, preset_of, resolve
+from .core import (
+    said, STAGES, DamagedFile, History, Stage, atomic, load_json, load_table, load_tensors, open_stage, preset_of, resolve)
 from .generator import load_generator
 from .splits import load_split, openings
 from .filter import images_at, load_accepted
@@ -57,7 +59,7 @@ def el(
     a = ''.join(f' {k.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attrs.items() if v is not None)
     return Html(f'<{tag}{a}>' if tag in ('img', 'meta', 'br') else f'<{tag}{a}>{safe(content)}</{tag}>')
 
-# %% ../nbs/08c_report.ipynb #54d6e396
+# %% ../nbs/08c_report.ipynb #649d1e86
 def percent(x, digits: int = 1) -> str:
     "A share as per cent, with a true minus sign; a dash for None."
     return '–' if x is None else f'{100*x:.{digits}f}'.replace('-', '−')
@@ -65,6 +67,10 @@ def percent(x, digits: int = 1) -> str:
 def ci(low, high) -> str:
     "An interval of shares in per cent, or the reason why there is none."
     return 'one seed: no interval' if low is None else f'[{percent(low)}, {percent(high)}]'
+
+def gap_ci(r: dict) -> str:
+    "The interval of a row's gap; † where one seed leaves it the luck of the images alone."
+    return ci(r['gap_low'], r['gap_high']) + '†'*(r['gap_over'] == 'images')
 
 def span(seconds: float) -> str:
     "A duration in words."
@@ -239,7 +245,7 @@ def grid(
              class_='px' if a.shape[1] < 24*cols else None, style='height:auto')
     return el('figure', el('figcaption', caption), el('div', el('div', [el('span', n) for n in labels], class_='names'), img, class_='grid'))
 
-# %% ../nbs/08c_report.ipynb #35078e5f
+# %% ../nbs/08c_report.ipynb #709ba1a0
 def headline_row(rows: list) -> dict | None:
     "The row of the table that the headline is about: mixture, else filtered, else synthetic; among several the best on val."
     for kind in ('mixture', 'filtered', 'synthetic'):
@@ -257,7 +263,7 @@ def headline(rows: list, n_test: int) -> str:
     text = (f'A classifier trained only on {best["n"]:,} synthetic images reaches {percent(best["test"])} % '
             f'on {n_test:,} real test images it never saw; '
             f'the same recipe trained on {real["n"]:,} real images reaches {percent(real["test"])} %: {gap} '
-            f'{"(" * (best["gap_low"] is None)}{ci(best["gap_low"], best["gap_high"])}{")" * (best["gap_low"] is None)}.')
+            f'{ci(best["gap_low"], best["gap_high"])}{" (one seed: the luck of the test images alone)" if best["gap_over"] == "images" else ""}.')
     if floor is None: return text
     return (f'{text} The floor, {floor["n"]:,} images from Gaussians fitted to each class, reaches {percent(floor["test"])} %, '
             f'{against_floor(best, floor)}.')
@@ -337,7 +343,7 @@ def missing(what: str) -> Html:
     "A plain statement that something is not there."
     return el('p', f'Not in this run: {what}.', class_='note')
 
-# %% ../nbs/08c_report.ipynb #6a356177
+# %% ../nbs/08c_report.ipynb #99092624
 def score_bars(rows: list) -> Html:
     "Test accuracy of every row of the table with its interval; dashed: real images."
     real = next((r['test'] for r in rows if r['kind'] == 'real'), None)
@@ -356,7 +362,7 @@ def headline_section(v: RunView):
     seeds = lambda r: f'{r["seeds"]} seeds {ci(r["low"], r["high"])}' if r['seeds'] > 1 else 'one seed: no interval'
     tiles = [tile(f'{percent(best["test"])} %', f'synthetic only: {best["row"]}', seeds(best), kind=best['kind'])] if best else []
     tiles += [tile(f'{percent(real["test"])} %', 'real images, same recipe', seeds(real), kind='real')]
-    if best: tiles += [tile(f'{percent(best["gap"])} points', 'gap, real minus synthetic', ci(best['gap_low'], best['gap_high']))]
+    if best: tiles += [tile(f'{percent(best["gap"])} points', 'gap, real minus synthetic', gap_ci(best))]
     if floor: tiles += [tile(f'{percent(floor["test"])} %', 'floor: Gaussians per class', seeds(floor), kind='floor')]
     return [el('p', headline(rows, n), class_='lead'), el('div', tiles, class_='tiles'), score_bars(rows),
             el('p', f'Accuracy on {n:,} sealed real test images; lines are 95 % intervals over the classifier\'s seeds '
@@ -369,7 +375,7 @@ def chance(r: dict, n: int) -> float:
     "Half the 95 % interval of an accuracy measured on n images (normal approximation)."
     return 1.96*(r['test']*(1 - r['test'])/n)**.5
 
-# %% ../nbs/08c_report.ipynb #60e249e4
+# %% ../nbs/08c_report.ipynb #0d31b686
 COLUMNS = [  # head, cell, what it means
     ('trained on', lambda r: r['row'],
      'real: the real training split; floor: Gaussians fitted to each class; synthetic: a generator\'s images as they come; '
@@ -378,7 +384,8 @@ COLUMNS = [  # head, cell, what it means
     ('test %', lambda r: percent(r['test'], 2), 'accuracy on the sealed real test images, mean over seeds'),
     ('interval', lambda r: ci(r['low'], r['high']) if r['low'] is not None else '–', '95 % over seeds; a dash means one seed, no interval'),
     ('gap', lambda r: '' if r['kind'] == 'real' else percent(r['gap'], 2), 'points below real images, paired seed by seed'),
-    ('interval', lambda r: '' if r['kind'] == 'real' else ci(r['gap_low'], r['gap_high']) if r['gap_low'] is not None else '–', None),
+    ('interval', lambda r: '' if r['kind'] == 'real' else gap_ci(r),
+     '95 % of the gap, over seeds and test images; †: one seed, so over the images alone'),
     ('val %', lambda r: percent(r['val'], 2), 'accuracy on val, on which all choices were made'),
     ('images', lambda r: f'{r["n"]:,}', 'how many it was trained on; the number of training steps is the same for all'),
     ('seeds', lambda r: r['seeds'], 'how many classifiers were trained on it'),
@@ -415,6 +422,54 @@ def table_section(v: RunView):
     gaps = [el('p', f'Published gap to real on {d}: {PUBLISHED[d]} points (GaFi, arXiv 2305.10118; a ResNet-20 of width 64, chosen on test by its '
                     'released code).', class_='note') for d in sorted({f.result['dataset'] for f in v.of('splits')}) if d in PUBLISHED]
     return [[el('h3', e.name) if len(v.of('scores')) > 1 else None, score_table(e.result['table'])] for e in v.of('scores')] + [note, *gaps]
+
+# %% ../nbs/08c_report.ipynb #9f1595f4
+def recall_part(e: Folder):
+    "Recall by class of real images and of the best set, and where that set loses most."
+    r, best = e.result, e.result.get('best')
+    if not r.get('classes') or not best: return None
+    real, mine, worst = [r['classes'][k] for k in ('real', best)] + [r['lost'][best]]
+    rows = [[a['class'], a['n'], f'{percent(a["recall"])} %', f'{percent(b["recall"])} %', ci(b['low'], b['high'])] for a, b in zip(real, mine)]
+    lost = '; '.join(f'{w["class"]} by {percent(w["mean"])} points {ci(w["low"], w["high"])}' for w in worst)
+    words = el('p', f'{best} loses most in: {lost}. They are the worst of {len(real)}, so they look worse than they are.')
+    picture = dots([{**b, 'label': b['class'], 'value': b['recall'], 'text': f'{percent(b["recall"])} %', 'kind': 'mixture'} for b in mine])
+    more = el('details', el('summary', 'Recall by class'), picture if len(mine) <= 40 else None,
+              table(['class', 'test images', 'real', best, 'interval (Wilson)'], rows), open='' if len(mine) <= 20 else None)
+    return [el('h3', 'By class'), words, more]
+
+def copies_part(e: Folder):
+    "Are the images of the best set copies? The closest pairs, and what the distances say."
+    if not (r := e.result.get('copies')): return None
+    pairs = load_tensors(e.path/'closest.safetensors')[0]
+    n = min(12, len(pairs['train']))
+    pic = grid([pairs['synthetic'][:n], pairs['train'][:n]], ['synthetic', 'train'], 'the closest pairs, nearest first', n)
+    return [el('h3', 'Copies'), el('p', f'Of {e.result["best"]}, {r["n"]:,} images in the features of the real classifier: {r["text"]}'), pic]
+
+def privacy_part(e: Folder):
+    "Membership attacks on the classifiers of real images and of the best set."
+    if not (found := e.result.get('privacy')): return None
+    rows = [dict(label=f'{k}, {attack} attack', value=q['auc'], low=q['auc_low'], high=q['auc_high'], text=f'{q["auc"]:.3f}',
+                 kind='real' if k == 'real' else 'mixture') for k, by in found.items() for attack, q in by.items()]
+    q = next(iter(next(iter(found.values())).values()))
+    return [el('h3', 'Privacy'), dots(rows, .5),
+            el('p', f'Can the generator\'s training images be told from val ({q["members"]:,} of each) by how sure a classifier is of them? '
+                    'Area under the curve; a half (dashed) is guessing. An attack that fails proves nothing.', class_='note')]
+
+def asked_part(e: Folder) -> list:
+    "Worth in real images, transfer, the gap without duplicates, and the protocol."
+    r, worth = e.result, e.result.get('worth', {})
+    out = [el('p', f'{k}: {w["text"]} (accuracies on val).') for k, w in worth.items()] or [missing('a learning curve (evaluate.curve)')]
+    out += [el('p', r['transfer_text'])] if 'transfer_text' in r else [missing('transfer (evaluate.transfer)')]
+    twice = [[row, d['images'], d['n'], f'{percent(d["mean"], 2)}', ci(d['low'], d['high'])] for row, ds in r.get('duplicates', {}).items()
+             if row == r.get('best') for d in ds]
+    if len(twice) > 1: out.append(table(['gap of', 'test images', 'how many', 'points', 'interval'], twice))
+    return [*out, el('pre', r['protocol']) if 'protocol' in r else None]
+
+def beside_section(v: RunView):
+    "What stands beside the score, for every evaluation."
+    if not v.of('scores'): return missing('an evaluation')
+    parts = recall_part, copies_part, privacy_part, asked_part
+    return [[el('h3', e.name) if len(v.of('scores')) > 1 else None, [attempt(part, e) for part in parts]] for e in v.of('scores')]
 
 # %% ../nbs/08c_report.ipynb #e07bd752
 def first(labels, shown: list, n: int) -> np.ndarray:
@@ -658,9 +713,10 @@ def provenance_section(v: RunView):
             fold('Digests of artefacts and code', table(['folder', 'stage', 'artefacts', 'code'], rows, kind='text')),
             el('p', f'Versions: {"; or ".join(versions) or "none recorded"}.', class_='note')]
 
-# %% ../nbs/08c_report.ipynb #0464ec53
+# %% ../nbs/08c_report.ipynb #1159c3e9
 SECTIONS = dict(
-    score=('The score', headline_section), table=('The table', table_section), samples=('Samples', samples_section),
+    score=('The score', headline_section), table=('The table', table_section), beside=('Beside the score', beside_section),
+    samples=('Samples', samples_section),
     filter=('What the filter kept', filter_section), mixture=('Mixture', mixture_section), curves=('Learning curves', curves_section),
     fewshot=('Few-shot', fewshot_section), splits=('Data', splits_section), honesty=('What speaks against it', honesty_section),
     provenance=('Time and provenance', provenance_section))

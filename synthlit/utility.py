@@ -168,13 +168,14 @@ def by_duplicates(
     return [dict(images=k, real=float(a[:, m].mean()), synthetic=float(b[:, m].mean()), **paired_bootstrap(a[:, m], b[:, m], over))
             for k, m in parts.items() if m.any()]
 
-# %% ../nbs/08a1_utility.ipynb #b27437a8
+# %% ../nbs/08a1_utility.ipynb #07a479a2
 def desk(
     folder,  # where ledger and classifiers are kept
     machine: dict = CPU,  # device, threads, memory layout
+    track=lambda it, total=0, start=0, desc='': it,  # progress: `Stage.track`
 ) -> SimpleNamespace:  # stands where a `Stage` can stand in this chapter
     "A folder to train in outside of a run."
-    return SimpleNamespace(dir=Path(folder), machine=machine, track=lambda it, total=0, start=0, desc='': it)
+    return SimpleNamespace(dir=Path(folder), machine=machine, track=track)
 
 def trained(
     stage,  # a `Stage` or a `desk`
