@@ -140,7 +140,7 @@ class InceptionFeatures(Features):
         f = self(images, batch)
         return f, (f @ self.last.T).softmax(1)
 
-# %% ../nbs/00b1_features.ipynb #58df36fe
+# %% ../nbs/00b1_features.ipynb #34ca85d0
 def timm_features(
     name: str,  # a network of timm, e.g. vit_small_patch14_dinov2
     weights: str = '',  # a .safetensors file of its weights
@@ -157,7 +157,8 @@ def timm_features(
     cfg = timm.data.resolve_model_data_config(net)
     known = '' if weights or pretrained else ', random weights'
     mode = cfg['interpolation'] if cfg['interpolation'] in ('bilinear', 'bicubic') else 'bicubic'
-    return Features(net, f'timm {name}{known}', '', device, 32, size=cfg['input_size'][1], mean=cfg['mean'], std=cfg['std'], channels=cfg['input_size'][0], mode=mode)
+    channels, size, _ = cfg['input_size']
+    return Features(net, f'timm {name}{known}', '', device, 32, size=size, mean=cfg['mean'], std=cfg['std'], channels=channels, mode=mode)
 
 def feature_network(
     spec,  # 'pixels', 'inception:FILE', 'timm:NAME' (published weights), 'timm:NAME:FILE'; or a feature network, which is handed through
