@@ -124,7 +124,7 @@ def download_inception(folder) -> Path:
     if file_digest(path) != FID_SHA256: raise DamagedFile(f'{path} is not the published file of Inception weights: delete it')
     return path
 
-# %% ../nbs/00b1_features.ipynb #56fae31a
+# %% ../nbs/00b1_features.ipynb #a17d239b
 class InceptionFeatures(Features):
     "2048-d pool features of the FID Inception network: call with uint8 N×C×H×W images (grey is repeated to RGB)."
     def __init__(self, weights, device='cpu'):
@@ -134,7 +134,8 @@ class InceptionFeatures(Features):
             except RuntimeError as e: raise DamagedFile(f'{weights} does not hold the weights of the FID Inception network: {str(e)[:200]}') from e
         name = FID_NAME if sha == FID_SHA256 else f'Inception with weights {sha[:8]}'
         super().__init__(lambda x: self.inception(x)[0], name, sha, device, 50, channels=3)
-        self.inception, self.last = net.to(device).eval(), state['fc.weight'].float()  # last layer, 1008×2048: the wrapper leaves it out
+        self.inception = net.to(device, memory_format=torch.channels_last).eval()  # the faster layout for its convolutions
+        self.last = state['fc.weight'].float()  # last layer, 1008×2048: the wrapper leaves it out
     def both(self, images: torch.Tensor, batch: int = 0) -> tuple:
         "(features N×2048, probabilities N×1008) from one pass: what FID and the inception score need."
         f = self(images, batch)
