@@ -1,17 +1,18 @@
-"""Our speed beside a public peer, measured in the same run (`make bench`). Nothing is asserted: the table says what this machine says."""
+"""Our speed beside a public peer, measured in the same run (`make bench`). Nothing is asserted: the table says what this machine says.
+
+The measures have a table of their own: tests/bench_metrics.py.
+"""
 
 import os
 import platform
 import re
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,7 +21,6 @@ from torchvision import transforms as T
 from synthlit.augment import Augment, augment_batch
 from synthlit.classifier import ClassifierConfig, Training, epoch_order
 from synthlit.core import resolve, rng, save_json
-from synthlit.metrics import frechet_distance, prdc
 from synthlit.networks import build_net
 
 WIDTH = (34, 44, 12, 12, 8)
@@ -52,72 +52,6 @@ def best_of(f, least: float = 1.0) -> float:
         f()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def features(n: int, d: int) -> tuple:
-    """Two sets of correlated features, n x d."""
-    r = rng(0, "bench", d)
-    mix = r.standard_normal((d, d)) / d**0.5
-    return [(r.standard_normal((n, d)) @ mix + shift).astype(np.float32) for shift in (0, 0.1)]
-
-
-def peer_frechet(x, y) -> float:
-    """pytorch-fid's distance between the same features."""
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
-    moments = [m for z in (x, y) for m in (z.mean(0), np.cov(z, rowvar=False))]
-    return float(calculate_frechet_distance(*moments))
-
-
-def bench_frechet(n: int, d: int):
-    """Fréchet distance, from features to the number."""
-    x, y = features(n, d)
-    value = {}
-    ours = best_of(lambda: value.update(ours=frechet_distance(x, y)))
-    theirs = best_of(lambda: value.update(theirs=peer_frechet(x, y)))
-    row(f"Fréchet distance, {n} x {d}, s", "pytorch_fid calculate_frechet_distance", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}x")
-    row("  its value", "", f"{value['ours']:.6g}", f"{value['theirs']:.6g}", "")
-
-
-def full_prdc(real, fake, k: int = 5) -> dict:
-    """Precision, recall, density and coverage from whole distance matrices, as the `prdc` package writes it."""
-    from sklearn.metrics import pairwise_distances
-
-    radius = [np.partition(pairwise_distances(z), k, axis=1)[:, k] for z in (real, fake)]
-    d = pairwise_distances(real, fake)
-    return dict(
-        precision=(d < radius[0][:, None]).any(0).mean(),
-        recall=(d < radius[1]).any(1).mean(),
-        density=(d < radius[0][:, None]).sum(0).mean() / k,
-        coverage=(d.min(1) < radius[0]).mean(),
-    )
-
-
-def peak(f) -> float:
-    """MB above what was there before, at most, while f runs."""
-    process, stop, seen = psutil.Process(), threading.Event(), []
-
-    def watch():
-        while not stop.wait(0.002):
-            seen.append(process.memory_info().rss)
-
-    before = process.memory_info().rss
-    thread = threading.Thread(target=watch)
-    thread.start()
-    f()
-    stop.set()
-    thread.join()
-    return max(max(seen, default=before) - before, 0) / 1e6
-
-
-def bench_prdc(n: int, d: int = 64):
-    """Time and memory, blockwise and with whole matrices."""
-    x, y = features(n, d)
-    prdc(x[:100], y[:100]), full_prdc(x[:100], y[:100])
-    memory = peak(lambda: prdc(x, y)), peak(lambda: full_prdc(x, y))
-    ours, theirs = best_of(lambda: prdc(x, y)), best_of(lambda: full_prdc(x, y))
-    row(f"PRDC, {n} x {d}, s", "whole matrices (scikit-learn, NumPy)", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}x")
-    row("  peak memory, MB", "", f"{memory[0]:.0f}", f"{memory[1]:.0f}", f"{memory[1] / max(memory[0], 1):.1f}x")
 
 
 class InMemory(torch.utils.data.Dataset):
@@ -196,10 +130,6 @@ def main(threads: int):
     torch.set_num_threads(threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio: how many times faster, or smaller, ours is\n")
     row("what", "beside", "ours", "peer", "ratio")
-    if threads == 1:
-        bench_frechet(2000, 512)
-        bench_frechet(2000, 2048)
-        bench_prdc(5000)
     for name, shape in (("28x28x1", (1, 28, 28)), ("32x32x3", (3, 32, 32))):
         if threads == 1:
             bench_input(name, shape, "input alone")

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from sklearn.neighbors import NearestNeighbors
 
+from synthlit import features
 from synthlit.classifier import one_cycle
-from synthlit.core import DamagedFile, global_rng, randn, rng
+from synthlit.core import DamagedFile, file_digest, global_rng, randn, rng
 from synthlit.filter import Pool, Scores, accept, keep_rule
 from synthlit.generator import BLOCK, latents
 from synthlit.metrics import InceptionFeatures, Moments, fid, frechet_distance, frechet_from_moments, inception_score, kid, prdc
@@ -213,11 +214,19 @@ def pictures(n, channels, seed):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_fid_equals_pytorch_fids_network_by_hand(inception, channels):
+def test_fid_equals_pytorch_fids_network_by_hand(inception, channels, monkeypatch):
     state, pth, st = inception
     real, fake = pictures(12, channels, 0), pictures(12, channels, 1) // 2
     x, y = [features_by_hand(state, z if channels == 3 else z.repeat(1, 3, 1, 1)) for z in (real, fake)]
-    ours = InceptionFeatures(pth)(real[:3], batch=2)
+    with pytest.raises(DamagedFile, match="not unpickled"):  # random weights are not the published file
+        InceptionFeatures(pth)
+    monkeypatch.setattr(features, "FID_SHA256", file_digest(pth))
+    net = InceptionFeatures(pth)
+    ours = net(real[:3], batch=2)
+    assert net.name == "FID Inception" and InceptionFeatures(st).name.startswith("Inception with weights ")
+    features.convert_inception(pth, pth.with_name("ours.safetensors"))
+    again = InceptionFeatures(pth.with_name("ours.safetensors"))
+    assert again.name == "FID Inception" and torch.equal(again(real[:3], batch=2), ours) and torch.equal(again.last, net.last)
     assert ours.shape == (3, 2048) and x.std(0).max() > 0 and np.allclose(ours, x[:3], rtol=1e-4, atol=1e-4 * x.std())
     got = fid(real, fake, st)
     assert got > 0 and got == pytest.approx(by_definition_small(x, y), rel=1e-4)
