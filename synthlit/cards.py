@@ -59,7 +59,7 @@ def splits_facts(folder) -> dict:
     r = load_json(Path(folder)/'result.json')
     return {k: r[k] for k in ('name', 'cut', 'digests')}
 
-# %% ../nbs/05b1_cards.ipynb #119f3197
+# %% ../nbs/05b1_cards.ipynb #05966e39
 SIZES = ('n<1K', '1K<n<10K', '10K<n<100K', '100K<n<1M', '1M<n<10M', '10M<n<100M', '100M<n<1B')
 
 def size_category(n: int) -> str:
@@ -75,7 +75,7 @@ def front_matter(facts: dict) -> str:
     head = dict(license=facts['licence'] or 'unknown', pretty_name=facts['title'], size_categories=[size_category(facts['images'])],
                 task_categories=['image-classification'], tags=[*(['synthetic'] if synthetic else []), 'synthlit'],
                 configs=[one if 'parquet' in facts['forms'] else {**one, 'drop_labels': False}])
-    return f'---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n'
+    return f'---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---'
 
 def bullet(name: str, value) -> str:
     "A line of a card; `unknown` where there is nothing to say."
@@ -83,7 +83,7 @@ def bullet(name: str, value) -> str:
     if isinstance(value, (list, tuple)): value = ', '.join(map(str, value))
     return f'- {name}: {value if value not in ("", None) else "unknown"}'
 
-# %% ../nbs/05b1_cards.ipynb #04c8610a
+# %% ../nbs/05b1_cards.ipynb #3e26a0ac
 def maker_text(m: dict) -> str:
     "A generator in a card."
     lines = [f'### {m["name"]}\n', bullet('id (digest)', f'`{m["digest"]}`'), bullet('family', f'`{m["family"]}`'), bullet('licence', m['licence']),
@@ -113,8 +113,8 @@ def card(facts: dict) -> str:
     measures = [bullet(k, v) for k, v in facts.get('measures', {}).items()] or ['- none were given']
     marked = sum(m['synthetic'] for m in facts['makers'])
     mark = f'Every image {"of a generator " if marked < len(facts["makers"]) else ""}carries IPTC `DigitalSourceType` <{SOURCE_TYPE}> in its XMP.'
-    blocks = [front_matter(facts), f'# {facts["title"]}\n', f'{facts["images"]:,} {"synthetic " if marked else ""}images of {len(facts["classes"])} '
-              f'classes ({min(n.values()):,} to {max(n.values()):,} each), {"×".join(map(str, facts["shape"]))} (channels, height, width). {facts["kind"]}',
+    blocks = [front_matter(facts), f'# {facts["title"]}', f'{facts["images"]:,} {"synthetic " if marked else ""}images of {len(facts["classes"])} '
+              f'classes ({" to ".join(f"{k:,}" for k in sorted({min(n.values()), max(n.values())}))} each), {"×".join(map(str, facts["shape"]))} (channels, height, width). {facts["kind"]}',
               '## Columns', COLUMNS, '## Generators', *map(maker_text, facts['makers']), '## Splits', '\n'.join(parts),
               '## Measures', '\n'.join(measures), '## Intended use', USE, '## How to verify', how_to_verify(facts), *(['## Mark', mark] if marked else [])]
     return '\n\n'.join(blocks) + '\n'

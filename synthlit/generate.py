@@ -8,15 +8,16 @@ __all__ = ['GENERATE_PRESETS', 'FEATURES', 'GenerateConfig', 'addresses', 'Maker
            'load_generators', 'describe', 'per_class_of', 'plain_addresses', 'dials_of', 'work_generate',
            'run_generate']
 
-# %% ../nbs/05b_generate.ipynb #a3bb87ee
+# %% ../nbs/05b_generate.ipynb #d0b4cb87
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
-from .core import (
-    DamagedFile, SettingError, Stage, atomic, file_digest, load_json, load_table, open_stage, preset_of, resolve, said, save_json, show_grid)
+from synthlit.core import (
+    DamagedFile, SettingError, Stage, atomic, digest, file_digest, load_json, load_table, open_stage, preset_of, resolve, said, save_json,
+    show_grid)
 from .generator import Generator, load_generator
 from .data import DataError, class_folders, columns_of, decode_all, encode, images_in, parquet_cells, path_cells, safe_name, shards_of
 from .splits import load_split
@@ -53,7 +54,7 @@ def addresses(
     keep = i < torch.tensor(per_class).repeat(most)
     return y[keep], i[keep]
 
-# %% ../nbs/05b_generate.ipynb #89f03192
+# %% ../nbs/05b_generate.ipynb #ceea48c3
 class Maker(NamedTuple):
     "A generator and how it was asked."
     g: Generator
@@ -89,6 +90,10 @@ class Rows:
             at, m = self.maker == k, self.makers[k]
             out[at] = m.g.sample(self.label[at], self.index[at], seed=m.seed, **m.dials)
         return out
+    @property
+    def digest(self) -> str:
+        "Of all addresses, in order."
+        return digest(self.label, self.index, self.maker, *[x for m in self.makers for x in (m.g.digest, m.seed, m.dials)])
     def of_makers(self, f) -> list:
         "f(maker) for every row."
         values = [f(m) for m in self.makers]
@@ -170,7 +175,7 @@ def write_folder(folder, images, labels, index, classes: list, synthetic: bool =
         if not path.exists():
             with atomic(path) as tmp: tmp.write_bytes((encode_marked if synthetic else encode)(x))
 
-# %% ../nbs/05b_generate.ipynb #358ed8d7
+# %% ../nbs/05b_generate.ipynb #f1042cf6
 def unpack(
     folder,  # with Parquet shards of ours
     out,  # class folders go here
@@ -210,8 +215,8 @@ def describe(
     classes, n = rows.makers[0].g.classes, Counter(rows.label.tolist())
     facts = dict(title=title or f'{splits.get("name", "images")}, by {", ".join(m["name"] for m in makers)}', kind=kind, images=len(rows), classes=classes,
                  counts={classes[c]: k for c, k in sorted(n.items())}, shape=list(rows.makers[0].g.shape), forms=list(forms), makers=makers,
-                 splits=splits, licence=licence or (known.pop() if len(known) == 1 else ''), measures=measures or {}, made_on=made_on(device),
-                 files={p.name: file_digest(p) for p in sorted(folder.glob('train-*.parquet'))})
+                 rows=rows.digest, splits=splits, licence=licence or (known.pop() if len(known) == 1 else ''), measures=measures or {}, made_on=made_on(device),
+                 files={p.name: file_digest(p) for p in [*sorted(folder.glob('train-*.parquet')), *folder.glob('addresses.csv')]})
     save_json(folder/'set.json', facts)
     with atomic(folder/'README.md') as tmp: tmp.write_text(card(facts))
     return facts
