@@ -34,7 +34,7 @@ def is_marked(png: bytes) -> bool:
     "Does a picture's file say that it is synthetic?"
     return SOURCE_TYPE.encode() in png
 
-# %% ../nbs/05b1_cards.ipynb #f8c5f0b9
+# %% ../nbs/05b1_cards.ipynb #be0d1b48
 def made_on(device: str) -> dict:
     "What decides the bits of a generated image besides generator and address."
     gpu = device.startswith('cuda')
@@ -49,9 +49,10 @@ def maker_facts(
     out,  # the set's folder: `folder` is said relative to it, so that no machine's paths are published
 ) -> dict:
     "What a set remembers of one of its generators: id, licence, address, what it was trained on."
-    folder = Path(folder)
-    m = read_manifest(folder) if (folder/'manifest.json').exists() else {}
-    return dict(digest=g.digest, family=g.family, name=folder.name, folder=os.path.relpath(folder, out), licence=g.licence, synthetic=g.synthetic,
+    folder = Path(folder).absolute()
+    stage = next((p for p in (folder, *folder.parents[:3]) if (p/'manifest.json').exists()), folder)  # a checkpoint lies inside its stage
+    m = read_manifest(stage) if (stage/'manifest.json').exists() else {}
+    return dict(digest=g.digest, family=g.family, name=str(folder.relative_to(stage.parent)), folder=os.path.relpath(folder, out), licence=g.licence, synthetic=g.synthetic,
                 seed=seed, dials=dials, trained=[g.classes[c] for c in g.trained], saw=m.get('saw', []), cuts=m.get('cuts', {}), stage=m.get('stage', ''))
 
 def splits_facts(folder) -> dict:

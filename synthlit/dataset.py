@@ -66,7 +66,7 @@ def rows_of(folder, device: str = 'cpu') -> tuple:  # (Rows, a sentence on the k
     read, words = KINDS[kind]
     return read(folder, device), words, splits_of(folder)
 
-# %% ../nbs/07b_dataset.ipynb #7eb8a101
+# %% ../nbs/07b_dataset.ipynb #ad4b8163
 COLUMNS = ('file_name', 'label', 'class', 'index', 'seed', 'generator', 'dials', 'prompt', 'score', 'passed', 'file_digest')
 
 def check_room(out: Path, rows: Rows, shard: int):
@@ -103,8 +103,7 @@ def write_set(
     write_shards(out, rows, shard, device, track)
     if 'folder' in forms: write_addresses(out)
     if 'parquet' not in forms: [p.unlink() for p in out.glob('train-*.parquet')]
-    for m in rows.makers if carry else ():
-        with atomic(out/'generators'/m.g.digest[:12]/'generator.safetensors') as tmp: shutil.copyfile(Path(m.folder)/'generator.safetensors', tmp)
+    for m in rows.makers if carry else (): m.g.save(out/'generators'/m.g.digest[:12])
     return describe(out, rows, kind, splits_facts(splits) if splits else {}, device, forms, title, licence, measures)
 
 # %% ../nbs/07b_dataset.ipynb #4ba951a9
@@ -182,7 +181,7 @@ def told_off(off: int) -> str:
     "A difference in words."
     return 'is no picture of the right shape' if off > 255 else f'is not what its address makes: it differs by up to {off} levels'
 
-# %% ../nbs/07b_dataset.ipynb #0377deae
+# %% ../nbs/07b_dataset.ipynb #711990ae
 def find_generators(folder: Path, facts: dict, given: Iterable, device: str) -> dict:
     "Digest -> generator of a set, or a sentence that says why there is none."
     out: dict = {}
@@ -240,7 +239,7 @@ def print_verified(check: Checked, most: int = 20) -> int:  # 0 = good, 1 = not:
     if check.equal: print(f'{check.equal:,} rows drawn again on {check.device} as recorded: equal bytes were asked for')
     if check.near: print(f'{check.near:,} rows drawn again on another device or torch than recorded: one level of 255 was allowed')
     if not check.equal + check.near: print('no row was drawn again')
-    print(f'{check.folder}: {"verified" if check.ok else f"{len(check.problems)} problems"}; largest difference {check.worst}')
+    print(f'{check.folder.name}: {"verified" if check.ok else f"{len(check.problems)} problems"}; largest difference {check.worst}')
     return int(not check.ok)
 
 # %% ../nbs/07b_dataset.ipynb #c5867e96

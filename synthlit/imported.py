@@ -20,7 +20,7 @@ from .data import BROKEN, DataError, Opened, Part, check_set, damaged, decode, f
 from .generator import Generator, load_generator
 from .splits import load_split
 
-# %% ../nbs/05d_imported.ipynb #52861b47
+# %% ../nbs/05d_imported.ipynb #58b99ba8
 @dataclass
 class ImportedConfig:
     "Settings of a set made elsewhere."
@@ -31,6 +31,8 @@ class ImportedConfig:
     most: Annotated[int | None, (1, None)] = None  # at most so many of each class; None = all
     synthetic: bool = True  # were they made by a model? false: real images, which then do not get the mark of synthetic ones
     licence: str = ''  # of the images, where it is known
+    def __post_init__(self):  # said where the chain is started, used in a kernel that lives elsewhere
+        if self.path and not self.path.startswith('hf:'): self.path = str(Path(self.path).expanduser().absolute())
     def check(self, facts: dict):
         "Refuse a place where nothing is."
         if self.path and not self.path.startswith('hf:') and not Path(self.path).expanduser().exists():
