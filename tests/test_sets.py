@@ -26,7 +26,7 @@ from synthlit.filter import Pool, Scores, accept, keep_rule
 from synthlit.generate import Maker, Rows, addresses, load_set, write_folder, write_shards
 from synthlit.generator import GaussianFloor, fit_floor, load_generator
 from synthlit.imported import ImageSet, ImportedConfig, load_made
-from synthlit.pipeline import plan, preflight, read_params, run_chain
+from synthlit.pipeline import plan, preflight, read_params
 from synthlit.recycle import Member, Recycled
 from synthlit.splits import SplitsConfig, cut_data, load_data
 
@@ -45,20 +45,20 @@ def floor(train):
 
 
 @pytest.fixture(scope="module")
-def home(floor, tmp_path_factory):
+def sets(floor, tmp_path_factory):
     """`g`: a generator's folder; `set`: shards and a folder of 120 images from it."""
-    home = tmp_path_factory.mktemp("sets")
-    floor.save(home / "g")
+    sets = tmp_path_factory.mktemp("sets")
+    floor.save(sets / "g")
     known = dict(score=[i / 120 for i in range(120)], passed=[i % 7 > 0 for i in range(120)])
-    rows = Rows([Maker(floor, 3, dict(std=1.2), home / "g")], *addresses(list(range(10)), 12), known=known)
-    write_set(rows, home / "set", ("parquet", "folder"), shard=50, title="A floor", licence="cc0-1.0", measures=dict(CAS=0.75))
-    return home
+    rows = Rows([Maker(floor, 3, dict(std=1.2), sets / "g")], *addresses(list(range(10)), 12), known=known)
+    write_set(rows, sets / "set", ("parquet", "folder"), shard=50, title="A floor", licence="cc0-1.0", measures=dict(CAS=0.75))
+    return sets
 
 
 @pytest.fixture
-def copy(home, tmp_path):
+def copy(sets, tmp_path):
     """The set in a folder of the test's own, its generator where it was."""
-    shutil.copytree(home, tmp_path / "home")
+    shutil.copytree(sets, tmp_path / "home")
     return tmp_path / "home" / "set"
 
 
@@ -71,17 +71,17 @@ def xmp_of(file) -> str:
 # ---- marks
 
 
-def test_every_picture_says_that_it_is_synthetic(home):
-    files = sorted((home / "set" / "images").rglob("*.png"))
-    cells = [c["bytes"] for p in (home / "set").glob("train-*.parquet") for c in pq.read_table(p)["image"].to_pylist()]
+def test_every_picture_says_that_it_is_synthetic(sets):
+    files = sorted((sets / "set" / "images").rglob("*.png"))
+    cells = [c["bytes"] for p in (sets / "set").glob("train-*.parquet") for c in pq.read_table(p)["image"].to_pylist()]
     assert len(files) == len(cells) == 120
     assert all(SOURCE_TYPE in xmp_of(f) for f in files) and all(SOURCE_TYPE in xmp_of(io.BytesIO(c)) for c in cells)
 
 
-def test_the_packet_is_well_formed_xml_with_the_property_in_its_namespace(home):
+def test_the_packet_is_well_formed_xml_with_the_property_in_its_namespace(sets):
     from xml.etree import ElementTree
 
-    root = ElementTree.fromstring(xmp_of(next((home / "set" / "images").rglob("*.png"))))
+    root = ElementTree.fromstring(xmp_of(next((sets / "set" / "images").rglob("*.png"))))
     rdf, ext = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
     assert root.find(f"{rdf}RDF/{rdf}Description").attrib[f"{ext}DigitalSourceType"] == SOURCE_TYPE
 
@@ -109,35 +109,36 @@ def test_real_images_are_not_marked(train, tmp_path):
 # ---- cards and rows
 
 
-def test_the_card_says_what_the_set_is(home):
-    text = (home / "set" / "README.md").read_text()
+def test_the_card_says_what_the_set_is(sets):
+    text = (sets / "set" / "README.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
     assert head["license"] == "cc0-1.0" and head["task_categories"] == ["image-classification"] and head["size_categories"] == ["n<1K"]
     assert "synthetic" in head["tags"] and head["configs"][0]["data_files"] == [dict(split="train", path="train-*.parquet")]
-    g = load_generator(home / "g")
+    g = load_generator(sets / "g")
     for said in (g.digest, "std 1.2", "seed of the candidates: 3", "CAS: 0.75", "synthlit verify", "Intended use", torch.__version__):
         assert said in text
-    assert str(home) not in text + (home / "set" / "set.json").read_text()  # no paths of a machine
+    assert str(sets) not in text + (sets / "set" / "set.json").read_text()  # no paths of a machine
 
 
-def test_rows_hold_their_addresses(home, floor):
-    t = pa.concat_tables([pq.read_table(p) for p in sorted((home / "set").glob("train-*.parquet"))]).to_pydict()
+def test_rows_hold_their_addresses(sets, floor):
+    t = pa.concat_tables([pq.read_table(p) for p in sorted((sets / "set").glob("train-*.parquet"))]).to_pydict()
     assert set(t["generator"]) == {floor.digest} and set(t["seed"]) == {3} and {json.loads(d)["std"] for d in t["dials"]} == {1.2}
     assert set(t["prompt"]) == {None} and t["score"][5] == pytest.approx(5 / 120) and t["passed"][7] is False
     x = floor.sample(torch.tensor(t["label"]), torch.tensor(t["index"]), seed=3, std=1.2)
     assert all(np.array_equal(decode(c["bytes"]), a) for c, a in zip(t["image"], x.numpy()))
-    with open(home / "set" / "addresses.csv", newline="") as f:
+    with open(sets / "set" / "addresses.csv", newline="") as f:
         lines = list(csv.DictReader(f))
-    assert len(lines) == 120 and all((home / "set" / r["file_name"]).is_file() for r in lines) and lines[0]["passed"] == "False"
+    assert len(lines) == 120 and all((sets / "set" / r["file_name"]).is_file() for r in lines) and lines[0]["passed"] == "False"
 
 
 def test_every_kind_of_set_of_a_run_is_written_and_verified(tiny_run, tmp_path):
-    for stage, makers, scored in (("generate", 1, False), ("filter-gan-seed0", 1, True), ("search", 1, True), ("multigen", 2, True)):
+    for stage, makers, scored in (("generate", 1, False), ("filter-seed0", 1, True), ("search", 1, True), ("multigen", 2, True)):
         facts = write_set(tiny_run.run / stage, tmp_path / stage, carry=True)
         t = pq.read_table(tmp_path / stage / "train-00000-of-00001.parquet")
         assert len(facts["makers"]) == makers and len(t) == facts["images"] == 200 and set(facts["counts"].values()) == {20}
         assert (t["score"].null_count == 0) == scored and facts["splits"]["digests"]["train"] in facts["makers"][0]["saw"]
         assert torch.equal(load_set(tmp_path / stage)[0], rows_of(tiny_run.run / stage)[0].interleaved().draw())
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
         shutil.move(tmp_path / stage, tmp_path / "elsewhere" / stage)  # its generators come along
         check = verify(tmp_path / "elsewhere" / stage, n=50)
         assert check.ok and check.equal == 50 and check.worst == 0
@@ -175,7 +176,7 @@ def test_a_set_is_written_block_by_block_and_goes_on_where_it_was(floor, tmp_pat
         assert (tmp_path / "a" / p.name).read_bytes() == p.read_bytes()
 
 
-def test_a_folder_with_another_set_is_refused(home, floor, copy):
+def test_a_folder_with_another_set_is_refused(sets, floor, copy):
     other = Rows([Maker(floor)], *addresses([0, 1], 3))
     with pytest.raises(SettingError, match="holds another set"):
         write_set(other, copy, shard=50)
@@ -273,9 +274,9 @@ def test_an_edited_record_is_refused(copy):
 # ---- the real libraries
 
 
-def test_datasets_reads_shards(home, floor):
+def test_datasets_reads_shards(sets, floor):
     datasets = pytest.importorskip("datasets", reason=DATASETS)
-    d = datasets.load_dataset(str(home / "set"), split="train", cache_dir=str(home / "cache"))
+    d = datasets.load_dataset(str(sets / "set"), split="train", cache_dir=str(sets / "cache"))
     assert d.features["label"].names == floor.classes and len(d) == 120 and isinstance(d.features["image"], datasets.Image)
     assert np.array_equal(np.asarray(d[33]["image"]), floor.sample([d[33]["label"]], [d[33]["index"]], seed=3, std=1.2)[0, 0])
     assert d[33]["generator"] == floor.digest and d[7]["passed"] is False and d[7]["prompt"] is None
@@ -287,7 +288,7 @@ def test_datasets_reads_a_generate_stage(tiny_run, tmp_path):
     assert len(d) == 200 and d.features["label"].names == [str(i) for i in range(10)]
 
 
-def test_datasets_reads_folders(home, floor, tmp_path):
+def test_datasets_reads_folders(sets, floor, tmp_path):
     datasets = pytest.importorskip("datasets", reason=DATASETS)
     write_set(Rows([Maker(floor)], *addresses(list(range(10)), 3)), tmp_path / "set", ("folder",))
     for how in (dict(path=str(tmp_path / "set")), dict(path="imagefolder", data_dir=str(tmp_path / "set" / "images"))):
@@ -296,16 +297,16 @@ def test_datasets_reads_folders(home, floor, tmp_path):
         assert np.array_equal(np.asarray(d[4]["image"]), floor.sample([1], [1])[0, 0])
 
 
-def test_torchvision_and_timm_read_the_folder(home, floor):
+def test_torchvision_and_timm_read_the_folder(sets, floor):
     from torchvision.datasets import ImageFolder
 
-    there = ImageFolder(home / "set" / "images")
+    there = ImageFolder(sets / "set" / "images")
     assert there.classes == floor.classes and len(there) == 120 and there[13][1] == 1
     assert np.array_equal(np.asarray(there[13][0])[..., 0], floor.sample([1], [1], seed=3, std=1.2)[0, 0])
     pytest.importorskip("timm", reason=TIMM)
     from timm.data import create_dataset
 
-    d = create_dataset("", root=str(home / "set" / "images"))
+    d = create_dataset("", root=str(sets / "set" / "images"))
     assert len(d) == 120 and d[13][1] == 1 and np.array_equal(np.asarray(d[13][0].convert("L")), floor.sample([1], [1], seed=3, std=1.2)[0, 0])
 
 
@@ -322,10 +323,10 @@ class Hub:
         return "done"
 
 
-def test_push_is_one_thin_call(home, monkeypatch, tmp_path):
+def test_push_is_one_thin_call(sets, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Hub))
     Hub.calls = []
-    assert push(home / "set", "me/digits", commit_message="first") == "done"
+    assert push(sets / "set", "me/digits", commit_message="first") == "done"
     (_, _, made), (_, _, kw) = Hub.calls
     assert made["private"] and kw["repo_type"] == "dataset" and kw["repo_id"] == "me/digits" and kw["commit_message"] == "first"
     assert kw["allow_patterns"] == list(PUBLIC) and "token" not in {**made, **kw}
@@ -333,7 +334,7 @@ def test_push_is_one_thin_call(home, monkeypatch, tmp_path):
         push(tmp_path, "me/digits")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SettingError, match="synthlit\\[hub\\]"):
-        push(home / "set", "me/digits")
+        push(sets / "set", "me/digits")
 
 
 def test_what_is_pushed_leaves_the_run_at_home(tiny_run):
@@ -477,17 +478,17 @@ def test_torn_arrays_and_empty_folders_are_named(tmp_path, made):
         load(made)
 
 
-def test_a_data_set_of_a_hub_is_read_by_its_package(home, monkeypatch, tmp_path):
+def test_a_data_set_of_a_hub_is_read_by_its_package(sets, monkeypatch, tmp_path):
     datasets = pytest.importorskip("datasets", reason=DATASETS)
     asked, real = [], datasets.load_dataset
 
     def local(name, split, revision):
         asked.append((name, split, revision))
-        return real(str(home / "set"), split=split, cache_dir=str(tmp_path))
+        return real(str(sets / "set"), split=split, cache_dir=str(tmp_path))
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     g, notes, bad = load_made(ImportedConfig("hf:someone/digits@abc"), SHAPE, TEN)
-    assert asked == [("someone/digits", "train", "abc")] and not bad and torch.equal(g.sample([3], [2]), load(home / "set")[0].sample([3], [2]))
+    assert asked == [("someone/digits", "train", "abc")] and not bad and torch.equal(g.sample([3], [2]), load(sets / "set")[0].sample([3], [2]))
 
 
 def test_a_hub_without_its_package_says_so(monkeypatch):
@@ -513,19 +514,19 @@ def test_a_recycled_set_begins_again(made):
     assert {bytes(x.numpy()) for x in source.epoch(1)[0]} <= {bytes(x.numpy()) for x in load(made)[0].images}
 
 
-def test_a_whole_chain_without_a_generator(made, tmp_path, capsys):
+def test_everything_after_a_generator_works_without_one(made, tmp_path, capsys):
+    stages = dict(splits={}, classifier={}, mine=dict(stage="imported", path=str(made)), generate=dict(uses="mine"), filter=dict(uses="mine"))
+    nodes = {n.name: n for n in plan(read_params(dict(name="x", preset="tiny", stages={**stages, "evaluate": {}, "report": {}})))}
+    assert nodes["filter"].reads["generator"] == nodes["generate"].reads["generator"] == [nodes["mine"]]
     (made / "3" / "000002.png").write_bytes(b"not a picture")
-    stages = {
-        "splits": {},
-        "classifier": {"epochs": 2},
-        "mine": {"stage": "imported", "path": str(made)},
-        "generate": {"uses": "mine", "per_class": None},
-        "filter": {"uses": "mine", "per_class": 4, "draws": 2},
-        "evaluate": {"seeds": [0], "n_measure": 50},
-        "report": {},
-    }
-    machine = {"device": "cpu", "threads": 1, "channels_last": False}
-    run = run_chain(read_params(dict(name="mine", preset="tiny", machine=machine, stages=stages)), tmp_path / "run")
+    run, mine = tmp_path / "run", dict(generator="mine")
+    small_stage(run, "splits")
+    small_stage(run, "classifier", epochs=2)
+    small_stage(run, "imported", "mine", path=str(made))
+    small_stage(run, "generate", inputs=mine, per_class=None)
+    small_stage(run, "filter", inputs=mine, per_class=4, draws=2)
+    small_stage(run, "evaluate", seeds=[0], n_measure=50)
+    small_stage(run, "report")
     r = load_json(run / "mine" / "result.json")
     assert r["images"] == 59 and r["unreadable"] == 1 and r["counts"]["3"] == 5 and r["copies"] == dict(train=0, val=0)
     table = {row["row"]: row for row in load_json(run / "evaluate" / "result.json")["table"]}
