@@ -34,7 +34,7 @@ def is_marked(png: bytes) -> bool:
     "Does a picture's file say that it is synthetic?"
     return SOURCE_TYPE.encode() in png
 
-# %% ../nbs/05b1_cards.ipynb #be0d1b48
+# %% ../nbs/05b1_cards.ipynb #c4337b91
 def made_on(device: str) -> dict:
     "What decides the bits of a generated image besides generator and address."
     gpu = device.startswith('cuda')
@@ -52,8 +52,9 @@ def maker_facts(
     folder = Path(folder).absolute()
     stage = next((p for p in (folder, *folder.parents[:3]) if (p/'manifest.json').exists()), folder)  # a checkpoint lies inside its stage
     m = read_manifest(stage) if (stage/'manifest.json').exists() else {}
-    return dict(digest=g.digest, family=g.family, name=str(folder.relative_to(stage.parent)), folder=os.path.relpath(folder, out), licence=g.licence, synthetic=g.synthetic,
-                seed=seed, dials=dials, trained=[g.classes[c] for c in g.trained], saw=m.get('saw', []), cuts=m.get('cuts', {}), stage=m.get('stage', ''))
+    return dict(digest=g.digest, family=g.family, name=str(folder.relative_to(stage.parent)), folder=os.path.relpath(folder, out),
+                licence=g.licence, synthetic=g.synthetic, seed=seed, dials=dials, trained=[g.classes[c] for c in g.trained],
+                saw=m.get('saw', []), cuts=m.get('cuts', {}), stage=m.get('stage', ''))
 
 def splits_facts(folder) -> dict:
     "What a set remembers of the data set it imitates: name, cut, digests of its parts."
@@ -84,7 +85,7 @@ def bullet(name: str, value) -> str:
     if isinstance(value, (list, tuple)): value = ', '.join(map(str, value))
     return f'- {name}: {value if value not in ("", None) else "unknown"}'
 
-# %% ../nbs/05b1_cards.ipynb #3e26a0ac
+# %% ../nbs/05b1_cards.ipynb #c8675682
 def maker_text(m: dict) -> str:
     "A generator in a card."
     lines = [f'### {m["name"]}\n', bullet('id (digest)', f'`{m["digest"]}`'), bullet('family', f'`{m["family"]}`'), bullet('licence', m['licence']),
@@ -96,7 +97,8 @@ def maker_text(m: dict) -> str:
 
 USE = ('To train and to study image classifiers. The images imitate the data set named above: they are no new evidence about the world, may repeat '
        'its biases and, where a generator remembers, its images. Do not measure a classifier on them as if they were real.')
-COLUMNS = ('`image`, `label`, and the address that made it: `generator` (digest), `seed`, `index` (number of the candidate in its class), `dials` (JSON). '
+COLUMNS = ('`image`, `label`, and the address that made it: `generator` (digest), `seed`, `index` (number of the candidate in its class), '
+           '`dials` (JSON). '
            '`prompt` where there was one. `score` is the probability that a real classifier gave to the class, and `passed` says whether '
            'the filter let the image pass (false: taken to fill up), where there was a filter.')
 
@@ -114,8 +116,10 @@ def card(facts: dict) -> str:
     measures = [bullet(k, v) for k, v in facts.get('measures', {}).items()] or ['- none were given']
     marked = sum(m['synthetic'] for m in facts['makers'])
     mark = f'Every image {"of a generator " if marked < len(facts["makers"]) else ""}carries IPTC `DigitalSourceType` <{SOURCE_TYPE}> in its XMP.'
+    each = ' to '.join(f'{k:,}' for k in sorted({min(n.values()), max(n.values())}))
     blocks = [front_matter(facts), f'# {facts["title"]}', f'{facts["images"]:,} {"synthetic " if marked else ""}images of {len(facts["classes"])} '
-              f'classes ({" to ".join(f"{k:,}" for k in sorted({min(n.values()), max(n.values())}))} each), {"×".join(map(str, facts["shape"]))} (channels, height, width). {facts["kind"]}',
+              f'classes ({each} each), {"×".join(map(str, facts["shape"]))} (channels, height, width). {facts["kind"]}',
               '## Columns', COLUMNS, '## Generators', *map(maker_text, facts['makers']), '## Splits', '\n'.join(parts),
-              '## Measures', '\n'.join(measures), '## Intended use', USE, '## How to verify', how_to_verify(facts), *(['## Mark', mark] if marked else [])]
+              '## Measures', '\n'.join(measures), '## Intended use', USE,
+              '## How to verify', how_to_verify(facts), *(['## Mark', mark] if marked else [])]
     return '\n\n'.join(blocks) + '\n'

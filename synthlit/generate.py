@@ -99,7 +99,7 @@ class Rows:
         values = [f(m) for m in self.makers]
         return [values[k] for k in self.maker.tolist()]
 
-# %% ../nbs/05b_generate.ipynb #21269478
+# %% ../nbs/05b_generate.ipynb #5aeff992
 FEATURES = dict(index='int64', seed='int64', generator='string', dials='string', prompt='string', score='float32', passed='bool')
 
 def shard_schema(classes: list, made: dict | None = None) -> pa.Schema:
@@ -114,7 +114,7 @@ def shard_table(
     images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, classes: list, digest, seed, dials=None, synthetic=False,
     made: dict | None = None, **known,
 ) -> pa.Table:
-    "Rows of a shard. `digest`, `seed`, `dials`, `synthetic` (are the images to be marked?): one value for all rows, or a list; `known`: prompt, score, ..."
+    "Rows of a shard. `digest`, `seed`, `dials`, `synthetic` (are the images to be marked?): one value for all, or a list; `known`: prompt, score, ..."
     n, each = len(labels), lambda v: list(v) if isinstance(v, (list, np.ndarray)) else [v]*len(labels)
     cells = [dict(bytes=(encode_marked if s else encode)(x), path=f'{c}-{i}.png')
              for x, c, i, s in zip(images, labels.tolist(), index.tolist(), each(synthetic))]
@@ -175,7 +175,7 @@ def write_folder(folder, images, labels, index, classes: list, synthetic: bool =
         if not path.exists():
             with atomic(path) as tmp: tmp.write_bytes((encode_marked if synthetic else encode)(x))
 
-# %% ../nbs/05b_generate.ipynb #f1042cf6
+# %% ../nbs/05b_generate.ipynb #1cb59b81
 def unpack(
     folder,  # with Parquet shards of ours
     out,  # class folders go here
@@ -213,15 +213,16 @@ def describe(
     folder, known = Path(folder), {m.g.licence for m in rows.makers}
     makers = [dict(maker_facts(m.g, m.folder, m.seed, m.dials, folder), filter=m.filter, source=getattr(m.g, 'source', '')) for m in rows.makers]
     classes, n = rows.makers[0].g.classes, Counter(rows.label.tolist())
-    facts = dict(title=title or f'{splits.get("name", "images")}, by {", ".join(m["name"] for m in makers)}', kind=kind, images=len(rows), classes=classes,
-                 counts={classes[c]: k for c, k in sorted(n.items())}, shape=list(rows.makers[0].g.shape), forms=list(forms), makers=makers,
-                 rows=rows.digest, splits=splits, licence=licence or (known.pop() if len(known) == 1 else ''), measures=measures or {}, made_on=made_on(device),
+    facts = dict(title=title or f'{splits.get("name", "images")}, by {", ".join(m["name"] for m in makers)}', kind=kind, images=len(rows),
+                 classes=classes,                  counts={classes[c]: k for c, k in sorted(n.items())}, shape=list(rows.makers[0].g.shape), forms=list(forms), makers=makers,
+                 rows=rows.digest, splits=splits, made_on=made_on(device), licence=licence or (known.pop() if len(known) == 1 else ''),
+                 measures=measures or {},
                  files={p.name: file_digest(p) for p in [*sorted(folder.glob('train-*.parquet')), *folder.glob('addresses.csv')]})
     save_json(folder/'set.json', facts)
     with atomic(folder/'README.md') as tmp: tmp.write_text(card(facts))
     return facts
 
-# %% ../nbs/05b_generate.ipynb #aaf259fc
+# %% ../nbs/05b_generate.ipynb #8525a35c
 def per_class_of(cfg_per_class, train) -> int:
     "Images per class: as asked, or as many as the real training split has on average (GaFi's class_samples)."
     return cfg_per_class or len(train)//len(train.classes)
@@ -249,7 +250,8 @@ def run_generate(stage: Stage) -> dict:
     rows = Rows([Maker(g, cfg.seed, dials, source)], y, i)
     write_shards(stage.dir, rows, cfg.shard, stage.device, stage.track)
     if cfg.folder: list(unpack(stage.dir, stage.dir/'images', cfg.folder))
-    describe(stage.dir, rows, 'The candidates of one generator, as they come.', splits_facts(stage.input('splits')), stage.device, licence=cfg.licence)
+    of = splits_facts(stage.input('splits'))
+    describe(stage.dir, rows, 'The candidates of one generator, as they come.', of, stage.device, licence=cfg.licence)
     result = dict(per_class=int(torch.bincount(y)[g.trained].min()), images=len(y), classes=g.classes, generator=source.name, digest=g.digest,
                   seed=cfg.seed, dials=dials, trained=g.trained)
     stage.finish(result)
