@@ -175,7 +175,7 @@ def write_folder(folder, images, labels, index, classes: list, synthetic: bool =
         if not path.exists():
             with atomic(path) as tmp: tmp.write_bytes((encode_marked if synthetic else encode)(x))
 
-# %% ../nbs/05b_generate.ipynb #1cb59b81
+# %% ../nbs/05b_generate.ipynb #e94c8b4b
 def unpack(
     folder,  # with Parquet shards of ours
     out,  # class folders go here
@@ -213,11 +213,12 @@ def describe(
     folder, known = Path(folder), {m.g.licence for m in rows.makers}
     makers = [dict(maker_facts(m.g, m.folder, m.seed, m.dials, folder), filter=m.filter, source=getattr(m.g, 'source', '')) for m in rows.makers]
     classes, n = rows.makers[0].g.classes, Counter(rows.label.tolist())
-    facts = dict(title=title or f'{splits.get("name", "images")}, by {", ".join(m["name"] for m in makers)}', kind=kind, images=len(rows),
-                 classes=classes,                  counts={classes[c]: k for c, k in sorted(n.items())}, shape=list(rows.makers[0].g.shape), forms=list(forms), makers=makers,
-                 rows=rows.digest, splits=splits, made_on=made_on(device), licence=licence or (known.pop() if len(known) == 1 else ''),
-                 measures=measures or {},
-                 files={p.name: file_digest(p) for p in [*sorted(folder.glob('train-*.parquet')), *folder.glob('addresses.csv')]})
+    facts = dict(
+        title=title or f'{splits.get("name", "images")}, by {", ".join(m["name"] for m in makers)}', kind=kind, images=len(rows), classes=classes,
+        counts={classes[c]: k for c, k in sorted(n.items())}, shape=list(rows.makers[0].g.shape), forms=list(forms), makers=makers,
+        rows=rows.digest, splits=splits, made_on=made_on(device), licence=licence or (known.pop() if len(known) == 1 else ''),
+        measures=measures or {},
+        files={p.name: file_digest(p) for p in [*sorted(folder.glob('train-*.parquet')), *folder.glob('addresses.csv')]})
     save_json(folder/'set.json', facts)
     with atomic(folder/'README.md') as tmp: tmp.write_text(card(facts))
     return facts
