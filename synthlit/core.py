@@ -350,7 +350,7 @@ class TensorBoard:
         "Write a picture."
         self.writer.add_image('picture', image, step)
 
-# %% ../nbs/00a_core.ipynb #ed1b4f44
+# %% ../nbs/00a_core.ipynb #df80d8f5
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
     "Where a stage lives and what flows in and out of it."
@@ -366,6 +366,7 @@ STAGES = dict(
     classifier=StageSpec('02_classifier', 'classifier', 'classifier', ('splits',)),
     gan=StageSpec('03b_gan_training', 'gan.train', 'generator', ('splits', 'classifier')),
     fewshot=StageSpec('04a_fewshot', 'fewshot', 'generator', ('splits', 'classifier', 'generator')),
+    imported=StageSpec('05d_imported', 'imported', 'generator', ('splits',)),
     generate=StageSpec('05b_generate', 'generate', 'set', ('splits', 'generator')),
     filter=StageSpec('06_filter', 'filter', 'accepted', ('splits', 'classifier', 'generator')),
     search=StageSpec('06c_search', 'search', 'accepted', ('splits', 'classifier', 'generator')),

@@ -107,7 +107,7 @@ def keep_rule(name: str, tau: float):
     if name not in RULES: raise SettingError(f'rule = {name!r}: {nearest(name, RULES)}')
     return lambda images, labels, scores: RULES[name](images, labels, scores, tau)
 
-# %% ../nbs/06_filter.ipynb #fc9d1a8f
+# %% ../nbs/06_filter.ipynb #c884684a
 WINDOW = 128  # candidates of a class that a rule sees together: part of what `best_share` means
 
 class Pool:
@@ -118,26 +118,29 @@ class Pool:
     def seen(self, c: int) -> int:
         "How many candidates of class c are scored."
         return len(next(iter(self.columns[c].values()), ()))
+    def end(self, c: int) -> int:
+        "Where the candidates of class c end: those of a set made elsewhere do."
+        return 2**62 if (limit := self.g.limit(c)) is None else limit
     def draw(self, c: int, index: torch.Tensor) -> torch.Tensor:
         "Images of candidates of class c."
         return self.g.sample(torch.full_like(index, c), index, seed=self.seed, **self.dials)
     def reach(self, c: int, n: int):
         "Make sure that the first n candidates of class c are scored."
-        while (have := self.seen(c)) < n:
-            index = torch.arange(have, min(-(-n//WINDOW)*WINDOW, have + self.chunk))
+        while (have := self.seen(c)) < (n := min(n, self.end(c))):
+            index = torch.arange(have, min(-(-n//WINDOW)*WINDOW, have + self.chunk, self.end(c)))
             new = self.scores(self.draw(c, index), torch.full_like(index, c))
             self.columns[c] = {k: torch.cat([self.columns[c][k], v]) if have else v for k, v in new.items()}
     def kept(self, c: int, start: int, end: int, rule) -> torch.Tensor:
-        "Mask of candidates start to end (whole windows) of class c."
+        "Mask of candidates start to end (whole windows; the last one of a set with an end may be smaller) of class c."
+        end, out = min(end, self.end(c)), []
         self.reach(c, end)
-        out = []
         for i in range(start, end, WINDOW):
-            index = torch.arange(i, i + WINDOW)
+            index = torch.arange(i, min(i + WINDOW, end))
             x = self.draw(c, index) if getattr(rule, 'sees_images', False) else None
             out.append(rule(x, torch.full_like(index, c), {k: v[i:i + WINDOW] for k, v in self.columns[c].items()}))
         return torch.cat(out)
 
-# %% ../nbs/06_filter.ipynb #fad07275
+# %% ../nbs/06_filter.ipynb #10da6a69
 def fill_up(
     rest: torch.Tensor,  # rejected candidates of a class
     own: torch.Tensor,  # their own-class probabilities
@@ -153,7 +156,9 @@ def fill_up(
 
 def accept_class(pool: Pool, c: int, rule, per_class: int, draws: int, short: str = 'likeliest') -> tuple:
     "(candidates of class c, which of them passed, mask over all that were looked at)."
-    ok, step, most = torch.zeros(0, dtype=torch.bool), -(-per_class//WINDOW)*WINDOW, -(-draws*per_class//WINDOW)*WINDOW
+    ok, step, most = torch.zeros(0, dtype=torch.bool), -(-per_class//WINDOW)*WINDOW, min(pool.end(c), -(-draws*per_class//WINDOW)*WINDOW)
+    if pool.end(c) < per_class:
+        raise SettingError(f'per_class = {per_class}, but class {pool.g.classes[c]} of this set has only {pool.end(c)} images: ask for fewer')
     while len(ok) < most and int(ok.sum()) < per_class:
         ok = torch.cat([ok, pool.kept(c, len(ok), min(most, len(ok) + step), rule)])
     good, rest = torch.nonzero(ok)[:per_class, 0], torch.nonzero(~ok)[:, 0]

@@ -56,7 +56,7 @@ def turned(
         z = torch.special.ndtri(tail + torch.special.ndtr(z.double())*(1 - 2*tail)).float()
     return z*low if uniform is None or low == high else z*(low + (high - low)*uniform)
 
-# %% ../nbs/00c_generator.ipynb #0cfb4296
+# %% ../nbs/00c_generator.ipynb #f8d39475
 class Generator:
     "Base of all generators: the protocol and how it is kept. Subclasses give `family`, `sample`, `state` and `from_state`."
     family = ''  # 'module:Class' that loads it, e.g. 'synthlit.generator:GaussianFloor'
@@ -64,6 +64,8 @@ class Generator:
     shape: tuple  # (C, H, W) of an image
     dials: dict = {}  # what may be turned at sampling -> its default
     trained: list  # labels it can make
+    synthetic = True  # are its images made by a model? Those of a set made elsewhere may be real
+    licence = ''  # of its images, where it is known
     def sample(self, labels, index, *, seed: int = 0, **dials) -> torch.Tensor:
         "uint8 N×C×H×W images of candidates `index` of classes `labels`."
         raise TypeError(f'{type(self).__name__} gives no sample()')
@@ -74,6 +76,12 @@ class Generator:
     def flops(self) -> int:
         "Floating-point operations of an image, as `forward_flops` counts them; 0 where they are next to nothing."
         return 0
+    def limit(self, label: int) -> int | None:
+        "How many candidates of a class there are; None: as many as one likes."
+        return None
+    def endless(self) -> 'Generator':
+        "The same without an end: a fixed set of images begins again."
+        return self
     @property
     def digest(self) -> str: return digest(self.family, *[x for k, v in sorted(self.state()[0].items()) for x in (k, v)])
     def save(self, folder):

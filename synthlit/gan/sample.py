@@ -50,7 +50,7 @@ def class_counts(
         raise SettingError(f'n = {n}: {k} classes can share only a multiple of {k} images evenly: try {" or ".join(map(str, near))}')
     return dict.fromkeys(some, n//k)
 
-# %% ../../nbs/05c_sampling.ipynb #f8d4b481
+# %% ../../nbs/05c_sampling.ipynb #53ff57e7
 def interleaved(counts: dict) -> tuple:
     "(labels, index) of the first candidates of each class: all first ones, then all second ones, ..."
     rows = [(c, i) for i in range(max(counts.values())) for c, k in counts.items() if i < k]
@@ -75,11 +75,12 @@ def draw(
 def write_images(out, g: Generator, images, labels, index, seed: int, dials: dict):
     "Write drawn images as one Parquet file, or as PNG files in class folders."
     out = Path(out)
-    if out.suffix == '.parquet': return save_table(out, shard_table(images, labels, index, g.classes, g.digest, seed, dials))
+    if out.suffix == '.parquet': return save_table(out, shard_table(
+        images, labels, index, g.classes, g.digest, seed, dials, g.synthetic))
     now = dict(generator=g.digest, seed=seed, dials=dials, counts={g.classes[c]: int((labels == c).sum()) for c in labels.unique().tolist()})
     check_room(out, now)
     save_json(out/'drawn.json', now)
-    write_folder(out, images, labels, index, g.classes)
+    write_folder(out, images, labels, index, g.classes, g.synthetic)
 
 def check_room(out: Path, now: dict):
     "`SettingError` if a folder holds images that are not of this draw."
