@@ -115,7 +115,7 @@ def class_map(names: list, classes: list, where) -> np.ndarray:
         raise SettingError(f'{where}: its classes are not those of the splits (only there: {few(strange)}; only in the splits: {few(lacking)})')
     return np.array(at)
 
-# %% ../nbs/05d_imported.ipynb #4e24a475
+# %% ../nbs/05d_imported.ipynb #f53d75b9
 def is_lossy(raw) -> bool:
     "Does an encoded image hold JPEG or lossy WebP data?"
     return isinstance(raw, bytes) and (raw[:3] == b'\xff\xd8\xff' or (raw[:4] == b'RIFF' and raw[12:16] == b'VP8 '))
@@ -124,13 +124,13 @@ def in_shape(a: np.ndarray, shape, fit: str, name: str, notes: Counter) -> np.nd
     "A C×H×W image in the splits' shape, or an error that names it; `notes` counts what was done."
     if a.shape[1:] != tuple(shape[1:]):
         if fit == 'refuse':
-            raise SettingError(f"{name} has {a.shape[2]}×{a.shape[1]} pixels, the splits {shape[2]}×{shape[1]}: "
-                               "say imported.fit = 'resize' (or 'pad') to bring all to one size")
-        if shape[1] != shape[2]: raise SettingError(f'imported.fit = {fit!r}: only squares can be made, the splits have {shape[2]}×{shape[1]}')
+            raise SettingError(f"{name} has {a.shape[2]}×{a.shape[1]} pixels where {shape[2]}×{shape[1]} are expected: "
+                               "say fit = 'resize' (or 'pad') to bring all to one size")
+        if shape[1] != shape[2]: raise SettingError(f'fit = {fit!r}: only squares can be made, {shape[2]}×{shape[1]} are expected')
         a, notes['resized'] = fit_image(a, shape[1], fit), notes['resized'] + 1
     if len(a) < shape[0]: a, notes['grey made RGB'] = np.repeat(a, 3, 0), notes['grey made RGB'] + 1
     if len(a) > shape[0]:
-        if (a != a[:1]).any(): raise SettingError(f'{name} has colour, the splits are grey: convert the images first')
+        if (a != a[:1]).any(): raise SettingError(f'{name} has colour where grey is expected: convert the images first')
         a, notes['RGB without colour made grey'] = a[:1], notes['RGB without colour made grey'] + 1
     return a
 

@@ -12,7 +12,8 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'headline', 'shrink', 'smoke', 'look_at', 'new_params', 'cmd_new', 'print_plan', 'cmd_run', 'find_run',
            'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml', 'plain_type', 'cmd_params', 'cmd_report',
            'generators_at', 'labels_said', 'cmd_sample', 'sample_one', 'print_scores', 'product', 'cmd_predict',
-           'cmd_export', 'agreed', 'cmd_clean', 'parser', 'main']
+           'cmd_export', 'splits_of', 'cmd_score', 'cmd_stats', 'cmd_dataset', 'cmd_verify', 'cmd_push', 'agreed',
+           'cmd_clean', 'parser', 'add_set_commands', 'main']
 
 # %% ../nbs/09_pipeline.ipynb #8f9abb2d
 import argparse, ast, contextlib, csv, dataclasses, functools, importlib, io, itertools, json, os, queue, re, shutil, signal, \
@@ -895,7 +896,7 @@ def cmd_predict(a):
         p = c.probs(pil_to_tensor(im)[None])[0]
         print(f'{image}\t{c.classes[int(p.argmax())]}\t{p.max():.3f}')
 
-# %% ../nbs/09_pipeline.ipynb #f91752c9
+# %% ../nbs/09_pipeline.ipynb #9b19c355
 def cmd_export(a):
     "Write train or val of a splits folder as Parquet and images."
     import torch
@@ -910,6 +911,44 @@ def cmd_export(a):
     save_table(to/f'{a.part}.parquet', shard_table(s.images, s.labels, index, s.classes, s.digest, 0))
     write_folder(to/a.part, s.images, s.labels, index, s.classes)
     print(f'{len(s)} images of {s.name}: {to}/{a.part}.parquet and {to}/{a.part}/<class>/')
+
+def splits_of(what: str) -> Path | None:
+    "The splits folder of a run, or the folder itself where it is one; None where it is neither."
+    if (Path(what)/'train.safetensors').exists(): return Path(what)
+    if not (Path(what)/'run.json').exists() and not (Path('runs')/what).exists(): return None
+    return next((f for f in stage_folders(find_run(what)) if (f/'train.safetensors').exists()), None)
+
+def cmd_score(a):
+    "All measures between two sets of images of any origin: A was made, B is what it should be like."
+    from synthlit.score import score
+    score(a.a, a.b, a.features, a.part, a.fit, a.n or None, a.k, a.draws, a.train, a.out, a.device)
+
+def cmd_stats(a):
+    "Reference statistics (mean, covariance) of a set in a feature network, for Fréchet distances later on."
+    from synthlit.metrics import distance_name, reference_stats
+    from synthlit.score import network_of, read_set
+    from synthlit.splits import load_split
+    if a.split not in ('train', 'val'): raise SettingError(f'--split {a.split}: train or val; test is sealed')
+    folder = splits_of(a.set)
+    images = load_split(folder, a.split).images if folder else read_set(a.set, a.split).images
+    r = reference_stats(images, network_of(a.features, a.device), a.out, data=Path(a.set).name, split=a.split)
+    print(f'{a.out}: {r.n:,} images of {a.set} ({a.split}), {len(r.mean)} features of {r.name}; for: {distance_name(r.name)}')
+
+def cmd_dataset(a):
+    "Write the set of a stage (generate, filter, search, multigen) for others, with its card."
+    from synthlit.dataset import write_set
+    made = write_set(a.stage, a.to, a.forms, device=a.device, licence=a.licence, carry=a.carry)
+    print(f'{made["images"]:,} images: {a.to}')
+
+def cmd_verify(a):
+    "Compare a set with its checksums, and a sample of its rows with what their addresses make."
+    from synthlit.dataset import print_verified, verify
+    if print_verified(verify(a.set, None if a.all else a.n, a.device, a.generator)): raise StageFailed(f'{a.set} is not what its card says')
+
+def cmd_push(a):
+    "Upload a set to the Hugging Face hub."
+    from synthlit.dataset import push
+    print(push(a.set, a.repo, private=not a.public))
 
 def agreed(question: str) -> bool:
     "A person's yes; no where nobody can answer."
@@ -931,7 +970,7 @@ def cmd_clean(a):
     elif not gone: print('nothing to clean')
     lock.release()
 
-# %% ../nbs/09_pipeline.ipynb #05f9e996
+# %% ../nbs/09_pipeline.ipynb #ac74a01a
 def parser() -> argparse.ArgumentParser:
     "The command line."
     p = argparse.ArgumentParser('synthlit', description='Train image classifiers on synthetic images.')
@@ -970,7 +1009,31 @@ def parser() -> argparse.ArgumentParser:
     add(cmd_export, ('split', dict(help='a run, or its splits folder')), ('--to', dict(required=True, metavar='FOLDER')),
         ('--part', dict(default='train', choices=['train', 'val'])))
     add(cmd_clean, run, ('--yes', dict(action='store_true', help='do not ask')))
+    add_set_commands(add)
     return p
+
+def add_set_commands(add):
+    "The commands about sets of images, of which some need no run."
+    device, part = ('--device', dict(default='cpu', help='auto, cpu, cuda, cuda:1, mps')), dict(default='train', choices=['train', 'val', 'test'])
+    features = ('--features', dict(default='pixels', help='pixels, inception:FILE, timm:NAME[:FILE], or a classifier\'s file or folder'))
+    add(cmd_score, ('a', dict(metavar='A', help='what was made: class folders, loose images, Parquet shards, .npz')),
+        ('b', dict(metavar='B', help='what it should be like')), features, ('--part', dict(part, help='of sets that have several')),
+        ('--fit', dict(default='refuse', choices=['refuse', 'resize', 'pad'], help='images of another size than those of B')),
+        ('-n', dict(type=int, default=10000, help='images of each at most; 0 = all')), ('-k', dict(type=int, default=5, help='neighbours')),
+        ('--draws', dict(type=int, default=0, metavar='N', help='halves that intervals come from, e.g. 50')),
+        ('--train', dict(default='', metavar='SET', help='the images that the generator of A was trained on: look for copies')),
+        ('--out', dict(default='', metavar='F', help='also write a JSON file')), device)
+    add(cmd_stats, ('set', dict(help='a run, or a set of any origin')), ('--split', dict(default='val')), features,
+        ('--out', dict(required=True, metavar='F', help='a .safetensors file')), device)
+    add(cmd_dataset, ('stage', dict(help='the folder of a stage that makes a set')), ('--to', dict(required=True, metavar='FOLDER')), device,
+        ('--forms', dict(nargs='+', default=['parquet'], choices=['parquet', 'folder'])),
+        ('--licence', dict(default='', help='of the set, for its card')),
+        ('--carry', dict(action='store_true', help='also copy the generators, so that it can be verified elsewhere')))
+    add(cmd_verify, ('set', dict(help='a folder that `synthlit dataset` wrote')), ('-n', dict(type=int, default=100, help='rows to draw again')),
+        ('--all', dict(action='store_true', help='draw every row again')), device,
+        ('--generator', dict(nargs='+', default=[], metavar='FOLDER', help='where its generators are, if they are not beside it')))
+    add(cmd_push, ('set', dict(help='a folder that `synthlit dataset` wrote')), ('repo', dict(metavar='USER/NAME')),
+        ('--public', dict(action='store_true', help='for all to see; private otherwise')))
 
 def main(argv=None) -> int:
     "Entry point of the command `synthlit`; errors that a person can mend are one line, and the exit code is 1."

@@ -415,7 +415,7 @@ def test_numbers_without_names_must_fit(tmp_path, floor):
 
 def test_mixed_sizes_are_refused_or_brought_to_one(made):
     (made / "5" / "000003.png").write_bytes(encode(np.zeros((1, 12, 9), np.uint8)))
-    with pytest.raises(SettingError, match="000003.png has 9×12 pixels, the splits 8×8.*imported.fit"):
+    with pytest.raises(SettingError, match="000003.png has 9×12 pixels where 8×8 are expected: say fit"):
         load(made)
     g, notes, _ = load(made, fit="resize")
     assert notes == {"resized": 1} and len(g.images) == 60
@@ -428,7 +428,7 @@ def test_grey_and_colour(made):
     g, notes, _ = load(made)
     assert notes == {"RGB without colour made grey": 1} and torch.equal(g.images, load(made)[0].images)
     (made / "5" / "000003.png").write_bytes(encode(np.arange(192, dtype=np.uint8).reshape(3, 8, 8)))
-    with pytest.raises(SettingError, match="000003.png has colour, the splits are grey"):
+    with pytest.raises(SettingError, match="000003.png has colour where grey is expected"):
         load(made)
 
 
