@@ -896,7 +896,7 @@ def cmd_predict(a):
         p = c.probs(pil_to_tensor(im)[None])[0]
         print(f'{image}\t{c.classes[int(p.argmax())]}\t{p.max():.3f}')
 
-# %% ../nbs/09_pipeline.ipynb #9b19c355
+# %% ../nbs/09_pipeline.ipynb #9cf18643
 def cmd_export(a):
     "Write train or val of a splits folder as Parquet and images."
     import torch
@@ -915,7 +915,7 @@ def cmd_export(a):
 def splits_of(what: str) -> Path | None:
     "The splits folder of a run, or the folder itself where it is one; None where it is neither."
     if (Path(what)/'train.safetensors').exists(): return Path(what)
-    if not (Path(what)/'run.json').exists() and not (Path('runs')/what).exists(): return None
+    if not any((p/what/'run.json').exists() for p in (Path(), Path('runs'))): return None
     return next((f for f in stage_folders(find_run(what)) if (f/'train.safetensors').exists()), None)
 
 def cmd_score(a):

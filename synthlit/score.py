@@ -110,7 +110,7 @@ def score_classes(a: Seen, b: Seen, net) -> dict:
     found = frechet_per_class(net(a.images), a.labels, net(b.images), b.labels)
     return {b.classes[c] if b.classes else str(c): v for c, v in found.items()}
 
-# %% ../nbs/08d_score.ipynb #979597c7
+# %% ../nbs/08d_score.ipynb #3cbba7e4
 def score(
     a: str, b: str,  # sets: what was made, what it should be like
     features: str = 'pixels',  # see `network_of`
@@ -131,7 +131,8 @@ def score(
                                          for k, s in dict(a=made, b=real).items()},
                  table=score_sets(made, real, net, k, draws), classes=score_classes(made, real, net))
     if train:
-        r = copy_test(net(made.images), net(read_set(train, part, real.images.shape[1:], fit).images), net(real.images))
+        known, new = net(read_set(train, part, real.images.shape[1:], fit).images), net(real.images)
+        r = copy_test(net(made.images), known, new, quantiles=[max(q, 1/len(new)) for q in (.01, .05)])
         found['copies'] = {**{x: r[x] for x in ('below', 'unauthentic', 'zero', 'n')}, 'text': read_copies(r)}
     found['seconds'] = time.time() - start
     if out: save_json(out, found)
