@@ -22,7 +22,7 @@ from .gan.film import of_kind, trainable
 from .gan.train import GanConfig, GanState, Shuffled, Watcher, finish_gan, new_batches, stage_splits, train_gan
 from .gan.watch import COVER, MOST, Watch, evenly, spreads, variety
 
-# %% ../nbs/04a_fewshot.ipynb #155b34ef
+# %% ../nbs/04a_fewshot.ipynb #13751e0a
 @dataclass
 class FewshotConfig:
     "Settings of few-shot fine-tuning; what is not here, or None, is as the base GAN was trained."
@@ -52,13 +52,18 @@ class FewshotConfig:
     def check(self, facts: dict):
         "Refuse what the splits or the base GAN cannot take, as far as the facts are known."
         no = lambda name, why: SettingError(f'fewshot.{name} = {getattr(self, name)!r}: {why}')
-        if self.batch % facts.get('pack', 1): raise SettingError(f'fewshot.batch = {self.batch} must be a multiple of the GAN\'s pack (times accumulate) = {facts["pack"]}')
-        if self.k and self.k > facts.get('k', self.k): raise no('k', f'the splits have {facts["k"]} supports of each novel class; set splits.k to the largest k')
-        if self.alpha and self.pool == 'none': raise no('alpha', 'there are no unlabelled images to weigh; set fewshot.pool to apart or published, or alpha to 0')
+        if self.batch % facts.get('pack', 1):
+            raise SettingError(f'fewshot.batch = {self.batch} must be a multiple of the GAN\'s pack (times accumulate) = {facts["pack"]}')
+        if self.k and self.k > facts.get('k', self.k):
+            raise no('k', f'the splits have {facts["k"]} supports of each novel class; set splits.k to the largest k')
+        if self.alpha and self.pool == 'none':
+            raise no('alpha', 'there are no unlabelled images to weigh; set fewshot.pool to apart or published, or alpha to 0')
         if self.alpha and self.pool == 'apart' and not facts.get('pool', 1):
-            raise no('pool', 'the published protocol keeps no image apart; use pool = published, or splits.fewshot = disjoint' if facts.get('protocol') == 'published'
-                     else 'a novel class has no unlabelled image besides its supports; take a smaller splits.k, more images, or pool = none with alpha = 0')
-        if self.alpha and facts.get('pack', 1) > 1: raise no('alpha', f'the GAN sees packs of {facts["pack"]} images of one class, and the class of unlabelled images is not known; pre-train with gan.pack = 1')
+            raise no('pool', 'the published protocol keeps no image apart; use pool = published, or splits.fewshot = disjoint'
+                     if facts.get('protocol') == 'published' else 'a novel class has no unlabelled image besides its supports; take a smaller splits.k, more images, or pool = none with alpha = 0')
+        if self.alpha and facts.get('pack', 1) > 1:
+            raise no('alpha', f'the GAN sees packs of {facts["pack"]} images of one class, and the class of unlabelled images is not known; '
+                              'pre-train with gan.pack = 1')
         if gan := facts.get('gan'): check_gan(self, gan)
         if source := facts.get('source'): check_source(source, facts)
 
@@ -105,43 +110,49 @@ def decay_rows(opt: torch.optim.Optimizer, *args):
             pull = g['rows']*(p.grad != 0).any(1, keepdim=True)
             p.mul_(1 - g['lr']*pull) if isinstance(opt, torch.optim.AdamW) else p.grad.add_(pull*p)
 
-# %% ../nbs/04a_fewshot.ipynb #f71db9cc
+# %% ../nbs/04a_fewshot.ipynb #969b7fc5
 def check_gan(cfg: FewshotConfig, gan):
     "Refuse settings that a GAN with these settings (its `GanConfig`, or one of another run) cannot take."
-    if getattr(gan, 'classes', 'base') != 'base': raise SettingError('fewshot needs a GAN of the base classes: set gan.classes = base, so that the novel ones are new to it')
+    if getattr(gan, 'classes', 'base') != 'base':
+        raise SettingError('fewshot needs a GAN of the base classes: set gan.classes = base, so that the novel ones are new to it')
     if not cfg.alpha: return
-    if gan.loss == 'relativistic': raise SettingError(f'fewshot.alpha = {cfg.alpha}: the relativistic loss has no term without labels; use alpha = 0, or pre-train with gan.loss = ns')
-    if gan.loss_g == 'feature_matching': raise SettingError(f'fewshot.alpha = {cfg.alpha}: feature matching has no other term; use alpha = 0, or pre-train with gan.loss_g = same')
+    no = lambda why: SettingError(f'fewshot.alpha = {cfg.alpha}: {why}')
+    if gan.loss == 'relativistic': raise no('the relativistic loss has no term without labels; use alpha = 0, or pre-train with gan.loss = ns')
+    if gan.loss_g == 'feature_matching': raise no('feature matching has no other term; use alpha = 0, or pre-train with gan.loss_g = same')
     if gan.network in ('dcgan', 'biggan', 'biggan_deep'):
-        raise SettingError(f'fewshot.alpha = {cfg.alpha}: the discriminator of gan.network = {gan.network} gives no score without a label; film, pair and r3 do')
+        raise no(f'the discriminator of gan.network = {gan.network} gives no score without a label; film, pair and r3 do')
 
 def check_source(folder, facts: dict):
     "Refuse a finished generator that cannot be adapted to these splits. `facts`: shape, classes (how many), novel_labels and, where known, names."
     folder, m = Path(folder), read_manifest(folder)
-    if m['stage'] != 'gan': raise SettingError(f'{folder.name} was made by stage {m["stage"]}: few-shot fine-tuning adapts a GAN (stage gan with classes: base)')
+    if m['stage'] != 'gan':
+        raise SettingError(f'{folder.name} was made by stage {m["stage"]}: few-shot fine-tuning adapts a GAN (stage gan with classes: base)')
     if not (folder/'last'/'discriminator.safetensors').exists(): raise DataError(f'{folder}/last holds no discriminator: train this GAN again')
     g = load_meta(folder/'last'/'generator.safetensors')
     if tuple(g['shape']) != tuple(facts['shape']):
-        raise SettingError(f'{folder.name} draws images of shape {tuple(g["shape"])}, the splits have {tuple(facts["shape"])}: set splits.size, or pre-train a GAN on these splits')
+        raise SettingError(f'{folder.name} draws images of shape {tuple(g["shape"])}, the splits have {tuple(facts["shape"])}: '
+                           'set splits.size, or pre-train a GAN on these splits')
     if len(g['classes']) != facts['classes'] or facts.get('names', g['classes']) != g['classes']:
         raise SettingError(f'{folder.name} has another label space ({len(g["classes"])} classes, the splits have {facts["classes"]}; '
                            'names and order must agree): pre-train a GAN on these splits')
     if known := set(g['trained']) & set(facts['novel_labels']):
-        raise SettingError(f'{folder.name} was trained on novel classes already ({len(known)} of {len(facts["novel_labels"])}, such as {g["classes"][min(known)]}): '
-                           'pre-train with gan.classes = base and the same splits.seed, novel and fewshot')
+        raise SettingError(f'{folder.name} was trained on novel classes already ({len(known)} of {len(facts["novel_labels"])}, '
+                           f'such as {g["classes"][min(known)]}): pre-train with gan.classes = base and the same splits.seed, novel and fewshot')
 
 def check_tables(net: nn.Module, what: str):
     "`SettingError` if a network is not class-conditional."
-    if not trainable(net, 'embed'): raise SettingError(f'the {what} {type(net).__name__} is not class-conditional: it has no class embedding to adapt; pre-train another gan.network')
+    if not trainable(net, 'embed'):
+        raise SettingError(f'the {what} {type(net).__name__} is not class-conditional: it has no class embedding to adapt; pre-train another gan.network')
 
 def seat_novel(net: nn.Module, base: list, novel: list):
     "Give the novel classes the mean of the base classes in every class table."
     for table in of_kind(net, nn.Embedding): table.data[novel] = table.data[base].mean(0)
 
-# %% ../nbs/04a_fewshot.ipynb #8b57307d
+# %% ../nbs/04a_fewshot.ipynb #5da2ca4b
 def settings_of(folder, cfg: FewshotConfig) -> GanConfig:
     "The base GAN's settings with those of fine-tuning laid over them."
-    own = dict(steps=cfg.steps, batch=cfg.batch, lr_g=cfg.lr_g, lr_d=cfg.lr_d, eval_every=cfg.eval_every, n_eval=cfg.n_eval, seed=cfg.seed, uncond=cfg.alpha)
+    own = dict(steps=cfg.steps, batch=cfg.batch, lr_g=cfg.lr_g, lr_d=cfg.lr_d, eval_every=cfg.eval_every, n_eval=cfg.n_eval, seed=cfg.seed,
+               uncond=cfg.alpha)
     kept = said(augment=cfg.augment, augment_p=cfg.augment_p, optimizer=cfg.optimizer, beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps, ema=cfg.ema,
                 inception=cfg.inception, weight_decay_g=cfg.weight_decay, weight_decay_d=cfg.weight_decay)
     base = resolve(GanConfig, read_manifest(folder)['settings'], own, kept)
@@ -158,7 +169,7 @@ def adapt(
     "Load a pre-trained GAN for fine-tuning."
     s = GanState(settings_of(folder, cfg), shape, classes, machine, novel)
     trained = load_generator(folder/'last').trained
-    for net, file, mode in ((s.G, 'generator', cfg.mode_g), (s.D, 'discriminator', cfg.mode_d)):
+    for net, file in ((s.G, 'generator'), (s.D, 'discriminator')):
         check_tables(net, file)
         net.load_state_dict(load_tensors(folder/'last'/f'{file}.safetensors')[0])
         if cfg.init == 'mean': seat_novel(net, trained, novel)

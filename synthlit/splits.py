@@ -226,10 +226,11 @@ def cut_data(data: dict, cfg: SplitsConfig) -> dict:
     ds = {k: digest(*v) for k, v in t.items()}
     return {k: Split(f'{name_of(cfg)}/{k}', *v, data['classes'], ds[k], digest(ds)) for k, v in t.items()}
 
-# %% ../nbs/01_splits.ipynb #2c63d7b5
+# %% ../nbs/01_splits.ipynb #d63af618
 def base_and_novel(classes: int, novel: int, seed: int, protocol: str = 'disjoint') -> tuple:
     "(base, novel) labels, sorted: the last classes of a permutation are novel."
-    order = np.random.RandomState(seed).permutation(classes) if protocol == 'published' else rng(seed, 'splits.novel').permutation(classes)  # noqa: NPY002
+    draw = np.random.RandomState(seed) if protocol == 'published' else rng(seed, 'splits.novel')  # noqa: NPY002 the published recipe
+    order = draw.permutation(classes)
     return sorted(order[:classes - novel].tolist()), sorted(order[classes - novel:].tolist())
 
 def fewshot_split(
@@ -258,7 +259,7 @@ def fewshot_of(data: dict, train: Split, cfg: SplitsConfig) -> dict:
     fs = published_positions(data, cfg) if cfg.fewshot == 'published' else fewshot_split(train, cfg.novel, cfg.k, cfg.seed)
     return dict(fs, protocol=cfg.fewshot)
 
-# %% ../nbs/01_splits.ipynb #340b8281
+# %% ../nbs/01_splits.ipynb #e4a9c09f
 def pool_of(
     fs: dict,  # as `fewshot_of` gives it
     parts: dict,  # train, val, test -> Split
@@ -278,7 +279,8 @@ def novel_cut(fs: dict, parts: dict) -> dict:
 
 def supports_of(fs: dict, k: int | None = None) -> list:
     "Positions in train of the first k supports of each novel class (None: of all); sets of different k are nested."
-    if k is not None and not 1 <= k <= fs['k']: raise SettingError(f'k = {k}: the splits have {fs["k"]} supports of each novel class; set splits.k to the largest k')
+    if k is not None and not 1 <= k <= fs['k']:
+        raise SettingError(f'k = {k}: the splits have {fs["k"]} supports of each novel class; set splits.k to the largest k')
     return [i for c in range(len(fs['novel'])) for i in fs['supports'][c*fs['k']:(c + 1)*fs['k']][:k]]
 
 # %% ../nbs/01_splits.ipynb #1f121028

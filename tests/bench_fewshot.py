@@ -63,7 +63,10 @@ def config(width_g: int, width_d: int) -> GanConfig:
 
 def ours(cfg: GanConfig, mode_g: str, mode_d: str):
     """A function that takes n steps of ours, supports in memory."""
-    s, batches = GanState(cfg, SHAPE, CLASSES, dict(device="cpu", threads=torch.get_num_threads(), channels_last=True)), Shuffled(Part(), cfg.batch, 0)
+    s, batches = (
+        GanState(cfg, SHAPE, CLASSES, dict(device="cpu", threads=torch.get_num_threads(), channels_last=True)),
+        Shuffled(Part(), cfg.batch, 0),
+    )
     s.set_optimizers(grouped(s.G, mode_g, cfg.weight_decay_g, False), grouped(s.D, mode_d, cfg.weight_decay_d, False))
     for opt in (s.opt_g, s.opt_d):
         opt.register_step_pre_hook(decay_rows)

@@ -14,8 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from synthlit.core import Checkpoints, History, SettingError, digest, load_json, load_tensors, read_manifest, resolve, run_machine, save_json, small_stage
 from synthlit.classifier import load_classifier
+from synthlit.core import (
+    Checkpoints,
+    History,
+    SettingError,
+    digest,
+    load_json,
+    load_tensors,
+    read_manifest,
+    resolve,
+    run_machine,
+    save_json,
+    small_stage,
+)
 from synthlit.fewshot import (
     FEWSHOT_PRESETS,
     FewshotConfig,
@@ -173,7 +185,13 @@ def test_unlabelled_batches_are_addressed(run, parts):
 
 
 def folder_of(path):
-    return SimpleNamespace(dir=path, checkpoints=Checkpoints(path / "checkpoints"), history=History(path / "history.parquet"), track=lambda items, *a: items, device="cpu")
+    return SimpleNamespace(
+        dir=path,
+        checkpoints=Checkpoints(path / "checkpoints"),
+        history=History(path / "history.parquet"),
+        track=lambda items, *a: items,
+        device="cpu",
+    )
 
 
 def bits(s) -> str:
@@ -186,7 +204,13 @@ def trained(run, parts, path, cfg, pressed=lambda number: None):
     s, batches = begun(run, parts, "film", cfg)
     stage, every = folder_of(path), list(range(10))
     watch = NovelWatch(parts.val, parts.classifier, parts.fs["novel"], 5, parts.train.take(parts.fs["supports"]))
-    train_gan(s, lambda n: (pressed(n), batches(n))[1], cfg.steps, stage, Watcher(stage, s.cfg, parts.val, parts.classifier, every, parts.fs["novel"], watch))
+    train_gan(
+        s,
+        lambda n: (pressed(n), batches(n))[1],
+        cfg.steps,
+        stage,
+        Watcher(stage, s.cfg, parts.val, parts.classifier, every, parts.fs["novel"], watch),
+    )
     return s
 
 
@@ -240,7 +264,9 @@ def test_what_was_seen_is_said(stages, parts):
     assert parts.train.digest in saw["plain"] and parts.val.digest not in saw["plain"] | saw["apart"] and parts.val.digest in saw["published"]
     assert set(read_manifest(stages / "film")["saw"]) <= saw["plain"]
     m, r = read_manifest(stages / "published"), load_json(stages / "published" / "result.json")
-    assert (m["settings"]["pool"], m["settings"]["mode_g"], r["base_gan"]) == ("published", "all", "film") and list(m["inputs"]["generator"]) == ["film"]
+    assert (m["settings"]["pool"], m["settings"]["mode_g"], r["base_gan"]) == ("published", "all", "film") and list(m["inputs"]["generator"]) == [
+        "film"
+    ]
     assert r["pool"] == len(parts.val.only(parts.fs["novel"])) and load_json(stages / "plain" / "result.json")["pool"] == 0
     assert load_json(stages / "apart" / "result.json")["k"] == 2 and load_json(stages / "apart" / "result.json")["n_train"] == 6
 
@@ -253,7 +279,9 @@ def test_measures_of_the_best_and_of_each_class(stages, parts):
     watch = NovelWatch(parts.val, parts.classifier, parts.fs["novel"], 5, parts.train.take(parts.fs["supports"]))
     best = load_generator(stages / "plain")
     assert watch(best)["frechet"] == r["frechet"] and watch.per_class(best) == r["per_class"] and best.trained == list(range(10))
-    assert [c["label"] for c in r["per_class"]] == parts.fs["novel"] and all(c["images"] > 30 and c["frechet"] > 0 and "density" in c for c in r["per_class"])
+    assert [c["label"] for c in r["per_class"]] == parts.fs["novel"] and all(
+        c["images"] > 30 and c["frechet"] > 0 and "density" in c for c in r["per_class"]
+    )
     assert r["base"]["before"] == r["base"]["after"] > 0
     assert (stages / "plain" / "last" / "generator.safetensors").exists() and (stages / "plain" / "film.png").exists()
 
@@ -282,7 +310,11 @@ FACTS = dict(data_facts(SplitsConfig()), pack=1)
         (dict(k=6), {}, ["fewshot.k = 6", "5 supports", "splits.k"]),
         (dict(alpha=1.0), {}, ["fewshot.alpha = 1.0", "no unlabelled images", "fewshot.pool"]),
         (dict(alpha=1.0, pool="apart"), dict(pool=0), ["fewshot.pool", "no unlabelled image", "splits.k"]),
-        (dict(alpha=1.0, pool="apart"), data_facts(SplitsConfig(fewshot="published")), ["fewshot.pool", "pool = published", "splits.fewshot = disjoint"]),
+        (
+            dict(alpha=1.0, pool="apart"),
+            data_facts(SplitsConfig(fewshot="published")),
+            ["fewshot.pool", "pool = published", "splits.fewshot = disjoint"],
+        ),
         (dict(alpha=1.0, pool="apart", batch=16), dict(pack=2), ["fewshot.alpha", "packs of 2", "gan.pack = 1"]),
         (dict(batch=15), dict(pack=2), ["fewshot.batch = 15", "pack"]),
         (dict(), dict(gan=GanConfig()), ["gan.classes = base"]),
@@ -383,7 +415,9 @@ g_finetune_mode use_ema pretrain beta use_tanh pretrained_enc"""
 def test_published_keys_are_in_the_chapter(chapter):
     """Each key of the GAN's two stages stands in a left column, of fine-tuning with a name of ours or a reason."""
     cells = json.loads((TOP / "nbs" / f"{chapter}.ipynb").read_text())["cells"]
-    rows = [line.split("|")[1:3] for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines() if line.startswith("| ")]
+    rows = [
+        line.split("|")[1:3] for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines() if line.startswith("| ")
+    ]
     assert not set(KEYS.split()) - {k for left, _ in rows for k in re.findall(r"`(\w+)`", left)} - {"model", "optim"}
     if chapter == "04a_fewshot":
         named = {n for left, right in rows for n in re.findall(r"`(\w+)`", right)}
