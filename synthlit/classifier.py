@@ -25,11 +25,11 @@ from .augment import Augment, augment_batch, mix_batch, to_float
 from .networks import build_net, check_net, forward_flops
 from .splits import Split, load_split
 
-# %% ../nbs/02_classifier.ipynb #9bf937d4
+# %% ../nbs/02_classifier.ipynb #5f3f0d46
 @dataclass
 class ClassifierConfig(Augment):
     "The recipe: one for real and synthetic images alike."
-    classes: Literal['all', 'base'] = 'all'  # what the stage trains on: all classes, or the base classes only (few-shot pre-training); the outputs are always all
+    classes: Literal['all', 'base'] = 'all'  # train on all classes, or on the base classes only (few-shot pre-training); outputs are for all
     network: str = 'small'  # small, fast, resnet14..56, resnet18, timm:<name>, or package.module:Class
     width: Annotated[int | None, (2, None)] = None  # the network's width; None = its own
     epochs: Annotated[int, (1, None)] = 20  # passes over the real training images; other sources get the same number of steps

@@ -22,7 +22,7 @@ from .gan.film import of_kind, trainable
 from .gan.train import GanConfig, GanState, Shuffled, Watcher, finish_gan, new_batches, stage_splits, train_gan
 from .gan.watch import COVER, MOST, Watch, evenly, spreads, variety
 
-# %% ../nbs/04a_fewshot.ipynb #13751e0a
+# %% ../nbs/04a_fewshot.ipynb #be257153
 @dataclass
 class FewshotConfig:
     "Settings of few-shot fine-tuning; what is not here, or None, is as the base GAN was trained."
@@ -60,7 +60,8 @@ class FewshotConfig:
             raise no('alpha', 'there are no unlabelled images to weigh; set fewshot.pool to apart or published, or alpha to 0')
         if self.alpha and self.pool == 'apart' and not facts.get('pool', 1):
             raise no('pool', 'the published protocol keeps no image apart; use pool = published, or splits.fewshot = disjoint'
-                     if facts.get('protocol') == 'published' else 'a novel class has no unlabelled image besides its supports; take a smaller splits.k, more images, or pool = none with alpha = 0')
+                     if facts.get('protocol') == 'published' else 'a novel class has no unlabelled image besides its supports; '
+                          'take a smaller splits.k, more images, or pool = none with alpha = 0')
         if self.alpha and facts.get('pack', 1) > 1:
             raise no('alpha', f'the GAN sees packs of {facts["pack"]} images of one class, and the class of unlabelled images is not known; '
                               'pre-train with gan.pack = 1')
@@ -74,8 +75,8 @@ FEWSHOT_PRESETS = dict(
     mnist=dict(steps=1000, eval_every=200),
     cifar10=dict(steps=4000, eval_every=500, batch=128, lr_g=2e-4, lr_d=2e-4),
     published=dict(
-        mode_g='linear', mode_d='embed', init='random', batch=32, optimizer='adamw', lr_g=2e-4, lr_d=2e-4, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=1e-6,
-        decay='published', steps=10000, eval_every=500),
+        mode_g='linear', mode_d='embed', init='random', batch=32, optimizer='adamw', lr_g=2e-4, lr_d=2e-4, beta1=0.9, beta2=0.9, eps=1e-8,
+        weight_decay=1e-6, decay='published', steps=10000, eval_every=500),
     smoke=dict(k=None, steps=2, batch=4, eval_every=2, n_eval=2),
 )
 
@@ -110,7 +111,7 @@ def decay_rows(opt: torch.optim.Optimizer, *args):
             pull = g['rows']*(p.grad != 0).any(1, keepdim=True)
             p.mul_(1 - g['lr']*pull) if isinstance(opt, torch.optim.AdamW) else p.grad.add_(pull*p)
 
-# %% ../nbs/04a_fewshot.ipynb #969b7fc5
+# %% ../nbs/04a_fewshot.ipynb #b6c8f94b
 def check_gan(cfg: FewshotConfig, gan):
     "Refuse settings that a GAN with these settings (its `GanConfig`, or one of another run) cannot take."
     if getattr(gan, 'classes', 'base') != 'base':
@@ -142,13 +143,14 @@ def check_source(folder, facts: dict):
 def check_tables(net: nn.Module, what: str):
     "`SettingError` if a network is not class-conditional."
     if not trainable(net, 'embed'):
-        raise SettingError(f'the {what} {type(net).__name__} is not class-conditional: it has no class embedding to adapt; pre-train another gan.network')
+        raise SettingError(f'the {what} {type(net).__name__} is not class-conditional: it has no class embedding to adapt; '
+                           'pre-train another gan.network')
 
 def seat_novel(net: nn.Module, base: list, novel: list):
     "Give the novel classes the mean of the base classes in every class table."
     for table in of_kind(net, nn.Embedding): table.data[novel] = table.data[base].mean(0)
 
-# %% ../nbs/04a_fewshot.ipynb #5da2ca4b
+# %% ../nbs/04a_fewshot.ipynb #4b389d9d
 def settings_of(folder, cfg: FewshotConfig) -> GanConfig:
     "The base GAN's settings with those of fine-tuning laid over them."
     own = dict(steps=cfg.steps, batch=cfg.batch, lr_g=cfg.lr_g, lr_d=cfg.lr_d, eval_every=cfg.eval_every, n_eval=cfg.n_eval, seed=cfg.seed,
@@ -156,7 +158,7 @@ def settings_of(folder, cfg: FewshotConfig) -> GanConfig:
     kept = said(augment=cfg.augment, augment_p=cfg.augment_p, optimizer=cfg.optimizer, beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps, ema=cfg.ema,
                 inception=cfg.inception, weight_decay_g=cfg.weight_decay, weight_decay_d=cfg.weight_decay)
     base = resolve(GanConfig, read_manifest(folder)['settings'], own, kept)
-    return replace(base, epochs=None, collapse=0., keep_every=0, random_labels=False)  # a few supports are not varied; only novel labels are asked for
+    return replace(base, epochs=None, collapse=0., keep_every=0, random_labels=False)  # a few supports are not varied; labels are novel ones
 
 def adapt(
     folder,  # of the pre-trained GAN's stage
@@ -198,7 +200,7 @@ class WithPool:
         self.labelled, self.pool = labelled, Shuffled(pool, batch, seed, device, 'fewshot.pool')
     def __call__(self, number: int) -> tuple: return *self.labelled(number), self.pool(number)[0]
 
-# %% ../nbs/04a_fewshot.ipynb #d3e9d7d2
+# %% ../nbs/04a_fewshot.ipynb #a3848a62
 NEIGHBOURS = 3  # of precision, recall, density and coverage, as published
 
 class NovelWatch(Watch):
@@ -223,9 +225,9 @@ class NovelWatch(Watch):
     def per_class(self, g) -> list:
         "The same for each class alone, where it has enough images."
         y, _, f = self.draw(g)
-        return [dict(label=c, name=g.classes[c], images=int((self.y == c).sum()),
-                     **distance(self.real[self.y == c], f[y == c], 'frechet'), **distance(self.supports[self.of_supports == c], f[y == c], 'frechet_supports'),
-                     **neighbours(self.real[self.y == c], f[y == c])) for c in self.labels]
+        sets = [(c, self.real[self.y == c], self.supports[self.of_supports == c], f[y == c]) for c in self.labels]
+        return [dict(label=c, name=g.classes[c], images=len(real), **distance(real, fake, 'frechet'), **distance(own, fake, 'frechet_supports'),
+                     **neighbours(real, fake)) for c, real, own, fake in sets]
 
 def distance(real, fake, name: str) -> dict:
     "The Fréchet distance by its name, {} with fewer than two images on a side."

@@ -259,7 +259,7 @@ def fewshot_of(data: dict, train: Split, cfg: SplitsConfig) -> dict:
     fs = published_positions(data, cfg) if cfg.fewshot == 'published' else fewshot_split(train, cfg.novel, cfg.k, cfg.seed)
     return dict(fs, protocol=cfg.fewshot)
 
-# %% ../nbs/01_splits.ipynb #e4a9c09f
+# %% ../nbs/01_splits.ipynb #71ae15df
 def pool_of(
     fs: dict,  # as `fewshot_of` gives it
     parts: dict,  # train, val, test -> Split
@@ -273,8 +273,9 @@ def pool_of(
 
 def novel_cut(fs: dict, parts: dict) -> dict:
     "Least and most images of a novel class in its supports, pool, valid and test."
-    of = dict(supports=parts['train'].labels[fs['supports']], pool=parts['train'].labels[fs['pool']], valid=parts['val'].labels, test=parts['test'].labels)
-    counts = {k: torch.bincount(y, minlength=max(fs['novel']) + 1)[fs['novel']] for k, y in of.items()}
+    y = parts['train'].labels
+    of = dict(supports=y[fs['supports']], pool=y[fs['pool']], valid=parts['val'].labels, test=parts['test'].labels)
+    counts = {k: torch.bincount(labels, minlength=max(fs['novel']) + 1)[fs['novel']] for k, labels in of.items()}
     return {k: [int(n.min()), int(n.max())] for k, n in counts.items()}
 
 def supports_of(fs: dict, k: int | None = None) -> list:
