@@ -7,9 +7,9 @@ __all__ = ['CLASSIFIER_PRESETS', 'CPU', 'ClassifierConfig', 'one_cycle', 'learni
            'update', 'Fixed', 'epoch_order', 'batches', 'slices', 'shape_of', 'laid_out', 'to_device', 'Classifier',
            'load_classifier', 'new_net', 'twin', 'shares_of', 'Crew', 'rank_and_world', 'of_rank', 'spread', 'Training',
            'blend', 'train_classifier', 'refuse_nan', 'save_training', 'cas', 'confusion', 'work_classifier',
-           'run_classifier']
+           'labels_of', 'run_classifier']
 
-# %% ../nbs/02_classifier.ipynb #78627539
+# %% ../nbs/02_classifier.ipynb #7e418ab0
 import copy, math, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -19,16 +19,17 @@ from typing import Annotated, Literal
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from .core import (
-    Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_tensors, open_stage, pack, preset_of, resolve,
+    Checkpoints, DamagedFile, SettingError, Stage, global_rng, load_json, load_tensors, open_stage, pack, preset_of, resolve,
     restore_optimizer, rng, said, save_tensors)
 from .augment import Augment, augment_batch, mix_batch, to_float
 from .networks import build_net, check_net, forward_flops
 from .splits import Split, load_split
 
-# %% ../nbs/02_classifier.ipynb #0bb319fe
+# %% ../nbs/02_classifier.ipynb #5f3f0d46
 @dataclass
 class ClassifierConfig(Augment):
     "The recipe: one for real and synthetic images alike."
+    classes: Literal['all', 'base'] = 'all'  # train on all classes, or on the base classes only (few-shot pre-training); outputs are for all
     network: str = 'small'  # small, fast, resnet14..56, resnet18, timm:<name>, or package.module:Class
     width: Annotated[int | None, (2, None)] = None  # the network's width; None = its own
     epochs: Annotated[int, (1, None)] = 20  # passes over the real training images; other sources get the same number of steps
@@ -54,7 +55,13 @@ class ClassifierConfig(Augment):
         "Refuse what the data cannot give."
         if self.batch > facts['n_train']:
             raise SettingError(f'classifier.batch = {self.batch}: the training split has only {facts["n_train"]} images')
+        if self.classes == 'base' and self.batch > (n := self.n_of(facts)):
+            raise SettingError(f'classifier.batch = {self.batch}: the base classes have only about {n} training images')
         check_net(self.network, self.width)
+    def n_of(self, facts: dict) -> int:
+        "About how many images it trains on."
+        n = facts['n_train']
+        return n*(facts['classes'] - facts['novel'])//facts['classes'] if self.classes == 'base' and 'novel' in facts else n
 
 CLASSIFIER_PRESETS = dict(
     # one row a data set
@@ -367,7 +374,7 @@ def cas(source, recipe: ClassifierConfig, classes: list, steps: int, test: Split
     "Classification accuracy score: accuracy on real images of a classifier trained only on `source` (arXiv 1905.10887). Hand in val while choosing."
     return train_classifier(source, recipe, classes, steps, **kw).accuracy(test)
 
-# %% ../nbs/02_classifier.ipynb #5831772a
+# %% ../nbs/02_classifier.ipynb #cc7b2c8f
 def confusion(c: Classifier, split: Split) -> torch.Tensor:
     "classes×classes counts: row = true class, column = predicted."
     n = len(c.classes)
@@ -375,19 +382,26 @@ def confusion(c: Classifier, split: Split) -> torch.Tensor:
 
 def work_classifier(cfg: ClassifierConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on, bytes written."
-    return dict(classifier=planned_steps(cfg, facts['n_train'])*cfg.batch, disk=4e6)
+    return dict(classifier=planned_steps(cfg, cfg.n_of(facts))*cfg.batch, disk=4e6)
+
+def labels_of(stage: Stage, classes: int) -> list:
+    "Labels that a stage with the setting `classes` works on: all of them, or the base classes."
+    return load_json(stage.input('splits')/'fewshot.json')['base'] if stage.cfg.classes == 'base' else list(range(classes))
 
 def run_classifier(stage: Stage) -> dict:
-    "The stage: train the recipe on the real training split; accuracy on val."
+    "The stage: train the recipe on the real training split, or on its base classes; accuracy on val."
     train, val = [load_split(stage.input('splits'), p) for p in ('train', 'val')]
+    labels = labels_of(stage, len(train.classes))
+    train, val = train.only(labels), val.only(labels)
     stage.cfg.check(dict(n_train=len(train)))
     steps = planned_steps(stage.cfg, len(train))
     stage.tensorboard()
     c = train_classifier(Fixed(train.images, train.labels), stage.cfg, train.classes, steps, val,
                          stage.machine, stage.checkpoints, stage.history, stage.track)
     c.save(stage.dir/'classifier.safetensors')
-    m = confusion(c, val)
-    result = dict(steps=steps, val_accuracy=c.accuracy(val), recall=(m.diag()/m.sum(1)).tolist(), n_train=len(train))
+    m = confusion(c, val)[labels]
+    recall = (m[torch.arange(len(labels)), labels]/m.sum(1)).tolist()
+    result = dict(steps=steps, val_accuracy=c.accuracy(val), trained=labels, recall=recall, n_train=len(train))
     stage.saw = list(train.saw)
     stage.finish(result)
     return result

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS_PRESETS', 'SplitsConfig', 'load_data', 'left_out', 'stratified', 'sources', 'some_of', 'cut_labels',
-           'published_fewshot', 'published_cut', 'Split', 'merge', 'pooled', 'name_of', 'cut_data', 'fewshot_split',
-           'published_positions', 'fewshot_of', 'kshot', 'save_split', 'load_split', 'read_part', 'ledger_path',
-           'openings', 'open_test', 'image_table', 'fewshot_parts', 'export_split', 'import_part', 'import_split',
-           'known_labels', 'changed', 'labels_at', 'data_facts', 'work_splits', 'recipe_of', 'shared_images',
-           'run_splits', 'show_parts']
+           'published_fewshot', 'published_cut', 'Split', 'merge', 'pooled', 'name_of', 'cut_data', 'base_and_novel',
+           'fewshot_split', 'published_positions', 'fewshot_of', 'pool_of', 'novel_cut', 'supports_of', 'kshot',
+           'save_split', 'load_split', 'read_part', 'ledger_path', 'openings', 'open_test', 'image_table',
+           'fewshot_parts', 'export_split', 'import_part', 'import_split', 'known_labels', 'changed', 'labels_at',
+           'data_facts', 'work_splits', 'recipe_of', 'shared_images', 'run_splits', 'show_parts']
 
 # %% ../nbs/01_splits.ipynb #2dc815e9
 import functools, json, os, time
@@ -226,7 +226,13 @@ def cut_data(data: dict, cfg: SplitsConfig) -> dict:
     ds = {k: digest(*v) for k, v in t.items()}
     return {k: Split(f'{name_of(cfg)}/{k}', *v, data['classes'], ds[k], digest(ds)) for k, v in t.items()}
 
-# %% ../nbs/01_splits.ipynb #40126e6d
+# %% ../nbs/01_splits.ipynb #d63af618
+def base_and_novel(classes: int, novel: int, seed: int, protocol: str = 'disjoint') -> tuple:
+    "(base, novel) labels, sorted: the last classes of a permutation are novel."
+    draw = np.random.RandomState(seed) if protocol == 'published' else rng(seed, 'splits.novel')  # noqa: NPY002 the published recipe
+    order = draw.permutation(classes)
+    return sorted(order[:classes - novel].tolist()), sorted(order[classes - novel:].tolist())
+
 def fewshot_split(
     train: Split,
     novel: int,  # how many classes are novel
@@ -234,14 +240,13 @@ def fewshot_split(
     seed: int,  # of classes and supports
 ) -> dict:  # base and novel labels; supports: positions in train
     "Draw base and novel classes and k supports of each novel class."
-    order = rng(seed, 'splits.novel').permutation(len(train.classes))
-    new = sorted(order[len(order) - novel:].tolist())
+    base, new = base_and_novel(len(train.classes), novel, seed)
     pick = lambda c: torch.nonzero(train.labels == c)[:, 0][rng(seed, 'splits.supports', c).permutation(int((train.labels == c).sum()))[:k]]
     short = [c for c in new if (train.labels == c).sum() < k]
     if short: raise SettingError(f'k = {k}: class {train.classes[short[0]]} has only {int((train.labels == short[0]).sum())} training images')
-    return dict(base=sorted(order[:len(order) - novel].tolist()), novel=new, k=k, supports=[i for c in new for i in pick(c).tolist()])
+    return dict(base=base, novel=new, k=k, supports=[i for c in new for i in pick(c).tolist()])
 
-# %% ../nbs/01_splits.ipynb #fb87a4a3
+# %% ../nbs/01_splits.ipynb #5c4e09b3
 def published_positions(data: dict, cfg: SplitsConfig) -> dict:
     "Base, novel and supports of the published protocol, as positions in the train split (and `valid` in val)."
     y = pooled(data, cfg)['train'][1]
@@ -250,9 +255,34 @@ def published_positions(data: dict, cfg: SplitsConfig) -> dict:
     return dict(base=p['base'], novel=p['novel'], k=cfg.k, supports=at('train', p['supports']), valid=at('val', p['valid']))
 
 def fewshot_of(data: dict, train: Split, cfg: SplitsConfig) -> dict:
-    "What `fewshot.json` holds: base, novel, k, supports (positions in train), protocol."
+    "What `fewshot.json` holds, all but its pool: base, novel, k, supports (positions in train), protocol."
     fs = published_positions(data, cfg) if cfg.fewshot == 'published' else fewshot_split(train, cfg.novel, cfg.k, cfg.seed)
     return dict(fs, protocol=cfg.fewshot)
+
+# %% ../nbs/01_splits.ipynb #71ae15df
+def pool_of(
+    fs: dict,  # as `fewshot_of` gives it
+    parts: dict,  # train, val, test -> Split
+) -> list:  # positions in train
+    "Unlabelled images of the novel classes that share nothing with supports, val or test, neither a position nor a copy."
+    train, new = parts['train'], torch.tensor(fs['novel'])
+    rows = np.setdiff1d(torch.nonzero(torch.isin(train.labels, new))[:, 0].numpy(), fs['supports'])
+    seen = [train.images[fs['supports']], *[s.images[torch.isin(s.labels, new)] for p, s in parts.items() if p != 'train']]
+    taken = {x.numpy().tobytes() for part in seen for x in part}
+    return [i for i in rows.tolist() if train.images[i].numpy().tobytes() not in taken]
+
+def novel_cut(fs: dict, parts: dict) -> dict:
+    "Least and most images of a novel class in its supports, pool, valid and test."
+    y = parts['train'].labels
+    of = dict(supports=y[fs['supports']], pool=y[fs['pool']], valid=parts['val'].labels, test=parts['test'].labels)
+    counts = {k: torch.bincount(labels, minlength=max(fs['novel']) + 1)[fs['novel']] for k, labels in of.items()}
+    return {k: [int(n.min()), int(n.max())] for k, n in counts.items()}
+
+def supports_of(fs: dict, k: int | None = None) -> list:
+    "Positions in train of the first k supports of each novel class (None: of all); sets of different k are nested."
+    if k is not None and not 1 <= k <= fs['k']:
+        raise SettingError(f'k = {k}: the splits have {fs["k"]} supports of each novel class; set splits.k to the largest k')
+    return [i for c in range(len(fs['novel'])) for i in fs['supports'][c*fs['k']:(c + 1)*fs['k']][:k]]
 
 # %% ../nbs/01_splits.ipynb #1f121028
 def kshot(
@@ -360,7 +390,7 @@ def import_split(path) -> dict:  # part -> Split
     meta = load_json(path)
     return {part: import_part(Path(path).parent/row['file'], row, meta) for part, row in meta['parts'].items()}
 
-# %% ../nbs/01_splits.ipynb #4258a147
+# %% ../nbs/01_splits.ipynb #e4792ef3
 def known_labels(cfg: SplitsConfig) -> tuple:
     "(labels by part, number of classes, stored shape, n_val) of a data set, without its images; named sets are taken as balanced and not opened."
     if cfg.dataset in SETS and not cfg.smoke:
@@ -397,10 +427,13 @@ def data_facts(cfg: SplitsConfig) -> dict:
     rows = cut_labels(ys, cfg, n_val) if cfg.novel < classes else cut_labels(ys, SplitsConfig(), n_val)
     train = np.bincount(ys['train'][rows['train'][1]], minlength=classes)
     shape = (stored[0], cfg.size or stored[1], cfg.size or stored[2])
+    new = base_and_novel(classes, cfg.novel, cfg.seed, cfg.fewshot)[1] if cfg.novel < classes else []
+    pool = 0 if cfg.fewshot == 'published' or not new else max(0, int(train[new].min()) - cfg.k)  # copies, which a pool leaves out, are not known yet
     return dict({f'n_{k}': len(i) for k, (_, i) in rows.items()}, smallest=int(train.min()), supports=most or int(train.min()), classes=classes,
-                shape=tuple(shape), stored=tuple(stored[1:]), own_test='test' in given, novel=cfg.novel)
+                shape=tuple(shape), stored=tuple(stored[1:]), own_test='test' in given, novel=cfg.novel, novel_labels=new, k=cfg.k, pool=pool,
+                protocol=cfg.fewshot)
 
-# %% ../nbs/01_splits.ipynb #09c6afab
+# %% ../nbs/01_splits.ipynb #83450b44
 def work_splits(cfg: SplitsConfig, facts: dict) -> dict:
     "Rough work of the stage: bytes written."
     return dict(disk=(facts['n_train'] + facts['n_val'] + facts['n_test'])*int(np.prod(facts['shape'])))
@@ -422,13 +455,14 @@ def run_splits(stage: Stage) -> dict:
     data = load_data(cfg)
     parts = cut_data(data, cfg)
     fs = fewshot_of(data, parts['train'], cfg)
+    fs['pool'] = pool_of(fs, parts)
     for k, s in parts.items(): save_split(stage.dir, k, s)
     save_json(stage.dir/'fewshot.json', fs)
     s = parts['train']
     counts = {k: torch.bincount(p.labels, minlength=len(s.classes)).tolist() for k, p in parts.items()}
     result = dict(dataset=cfg.dataset, name=name_of(cfg), shape=list(s.images.shape[1:]), classes=s.classes,
                   sizes={k: len(p) for k, p in parts.items()}, counts=counts, digests={k: p.digest for k, p in parts.items()},
-                  cut=s.cut, novel=fs['novel'], protocol=cfg.fewshot, smoke=bool(cfg.smoke), recipe=recipe_of(cfg))
+                  cut=s.cut, novel=fs['novel'], novel_cut=novel_cut(fs, parts), protocol=cfg.fewshot, smoke=bool(cfg.smoke), recipe=recipe_of(cfg))
     if 'valid' in fs:
         print(f'published few-shot protocol: val has the {len(fs["supports"]):,} supports among its {len(fs["valid"]):,} images of novel classes')
     stage.finish(result, cuts={s.name.split('/')[0]: s.cut})

@@ -16,7 +16,7 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
         "classifier": {"epochs": 2},
         "gan": {"seed": [0, 1], "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
         "base_gan": {"stage": "gan", "classes": "base", "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
-        "fewshot": {"mode": "linear", "steps": 10, "eval_every": 10, "n_eval": 10},
+        "fewshot": {"mode_g": "linear", "mode_d": "linear", "steps": 10, "eval_every": 10, "n_eval": 10},
         "mine": {"stage": "imported"},
         "generate": {"uses": "gan-seed0", "per_class": 20, "folder": 2},
         "filter": {"uses": "gan", "per_class": 20, "draws": 2},

@@ -331,7 +331,7 @@ def test_a_filtered_set_is_a_list_of_addresses(tiny_run):
 
 def test_embed_leaves_the_base_classes_alone(tiny_copy):
     """Few-shot by embeddings: base classes draw the very same images as before, novel ones have changed."""
-    small_stage(tiny_copy, "fewshot", "embed", {"generator": "base_gan"}, mode="embed", steps=10, eval_every=10, n_eval=10)
+    small_stage(tiny_copy, "fewshot", "embed", {"generator": "base_gan"}, mode_g="embed", mode_d="embed", steps=10, eval_every=10, n_eval=10)
     before, after = load_generator(tiny_copy / "base_gan" / "last"), load_generator(tiny_copy / "embed" / "last")
     base = torch.tensor(before.trained).repeat(8)
     index = torch.arange(8).repeat_interleave(len(before.trained))

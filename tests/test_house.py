@@ -207,6 +207,7 @@ def test_ready_experiments_are_valid_and_explained(path):
         search={"splits", "classifier", "gan", "search", "evaluate", "report"},
         gafi=set(STAGES) - {"fewshot", "imported"},
         gan={"splits", "classifier", "gan", "generate", "evaluate", "report"},
+        few={"splits", "classifier", "gan", "fewshot"},
     )
     whole = set(STAGES) - {"search", "imported"}  # a filter with settings of its own does for an example; the gafi_* experiments search
     assert {n.stage for n in nodes} == some.get(path.stem.split("_")[0], whole)

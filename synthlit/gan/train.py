@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GAN_PRESETS', 'GanConfig', 'study', 'GanGenerator', 'Packs', 'Shuffled', 'GanState', 'standing_statistics', 'Look',
-           'look', 'fakes', 'seen', 'reader', 'target', 'penalties', 'd_objective', 'g_objective', 'share_gradients',
-           'd_update', 'g_update', 'gan_step', 'judge', 'as_generator', 'Watcher', 'new_batches', 'finish_first',
-           'check_finite', 'set_reference', 'train_gan', 'start_processes', 'work_gan', 'stage_splits', 'run_gan',
-           'finish_gan']
+           'look', 'fakes', 'seen', 'reader', 'target', 'penalties', 'unlabelled', 'd_objective', 'g_objective',
+           'share_gradients', 'd_update', 'g_update', 'gan_step', 'at_rest', 'judge', 'as_generator', 'Watcher',
+           'new_batches', 'finish_first', 'check_finite', 'set_reference', 'train_gan', 'start_processes', 'work_gan',
+           'stage_splits', 'run_gan', 'finish_gan']
 
-# %% ../../nbs/03b_gan_training.ipynb #2255cb49
+# %% ../../nbs/03b_gan_training.ipynb #15d896e0
 import copy, math, os, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,12 +17,12 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np, torch
 from torch import nn
 from ..core import (
-    SettingError, Stage, global_rng, load_json, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said, save_tensors, show_grid)
+    SettingError, Stage, global_rng, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said, save_tensors, show_grid)
 from ..generator import Generator, latents, load_generator, run_blocks, turned
 from ..splits import Split, load_split
 from ..networks import forward_flops
 from ..augment import shift_flip, to_bytes
-from ..classifier import load_classifier, of_rank, rank_and_world, to_device
+from ..classifier import labels_of, load_classifier, of_rank, rank_and_world, to_device
 from .augment import check_policy, diff_augment
 from .dcgan import DCGAN_KINDS, mixes_batch
 from .losses import FREE, check_discriminator, clip_weights, d_loss, feature_matching, g_loss, gradient_penalty, noise_loss, zero_penalty
@@ -197,18 +197,18 @@ class Packs:
         rows = np.array([self.rows[c][(int(f*k) + h) % k] for c, f, k, hs in zip(y[::self.pack], first, size, hop) for h in hs])
         return self.images[torch.from_numpy(rows)], torch.from_numpy(y)
 
-# %% ../../nbs/03b_gan_training.ipynb #e32443bc
+# %% ../../nbs/03b_gan_training.ipynb #eebf3e08
 class Shuffled:
     "Batches from shuffled passes over a split, addressed by number."
-    def __init__(self, split: Split, batch: int, seed: int, device='cpu'):
-        self.images, self.labels, self.seed, self.batch = split.images.to(device), split.labels, seed, batch
+    def __init__(self, split: Split, batch: int, seed: int, device='cpu', stream: str = 'gan.order'):
+        self.images, self.labels, self.seed, self.batch, self.stream = split.images.to(device), split.labels, seed, batch, stream
         self.length = len(split)*-(-batch//len(split))  # of a pass: each image once, or as often as one batch needs
         self.per = self.length//batch
         self.order: tuple = (-1, None)
     def __call__(self, number: int) -> tuple:
         "(images uint8, labels) of one batch."
         e, b = divmod(number, self.per)
-        if self.order[0] != e: self.order = e, torch.from_numpy(rng(self.seed, 'gan.order', e).permutation(self.length) % len(self.labels))
+        if self.order[0] != e: self.order = e, torch.from_numpy(rng(self.seed, self.stream, e).permutation(self.length) % len(self.labels))
         rows = self.order[1][b*self.batch:(b + 1)*self.batch]
         return self.images[rows], self.labels[rows]
 
@@ -278,7 +278,7 @@ def standing_statistics(net: nn.Module, labels, passes: int, seed: int) -> nn.Mo
     for m in norms: m.momentum = .1
     return net.eval()
 
-# %% ../../nbs/03b_gan_training.ipynb #f433a944
+# %% ../../nbs/03b_gan_training.ipynb #03ca9e78
 class Look(NamedTuple):
     "What one update looks at."
     x: torch.Tensor  # N×C×S×S real images in [-1, 1]
@@ -287,21 +287,23 @@ class Look(NamedTuple):
     fy: torch.Tensor  # N labels of the fakes
     number: int  # the look's address: how many the discriminator had before
     own: str  # '.g' for a look of the generator's own
+    free: torch.Tensor | None = None  # N×C×S×S unlabelled real images for the terms without labels; None: the labelled ones serve there too
     def part(self, i: int, n: int, pack: int):
         "Part i of n equal ones: every n-th pack, so that each part has all classes; with a number of its own."
         if n == 1: return self
-        x, y, z, fy = [t.unflatten(0, (-1, pack))[i::n].flatten(0, 1) for t in (self.x, self.y, self.z, self.fy)]
-        return Look(x, y, z, fy, self.number*n + i, self.own)
+        x, y, z, fy, free = [t if t is None else t.unflatten(0, (-1, pack))[i::n].flatten(0, 1) for t in (self.x, self.y, self.z, self.fy, self.free)]
+        return Look(x, y, z, fy, self.number*n + i, self.own, free)
 
 def look(s: GanState, batches, step: int, k: int = 0) -> Look:
     "Look k of a step: the discriminator's 0 to d_steps - 1, then the generator's own."
     c, dev, own = s.cfg, s.machine['device'], '.g' if k == s.cfg.d_steps else ''
     number = step*c.d_steps + min(k, c.d_steps - 1)  # the generator's own look sees the reals of the look before
-    images, y = batches(number if c.basket == 'fresh' else step)
+    images, y, *more = batches(number if c.basket == 'fresh' else step)
     r = rng(c.seed, f'gan.flip{own}', number)
     x = to_device(shift_flip(images, 0, True, r) if c.flip else images, s.machine)
     fy = torch.from_numpy(r.choice(np.array(s.labels), len(y))) if c.random_labels else y
-    whole = Look(x, y.to(dev), randn((len(y), s.G.z), c.seed, f'gan.z{own}', number, dev), fy.to(dev), number, own)
+    free = to_device(shift_flip(more[0], 0, True, r) if c.flip else more[0], s.machine) if more else None
+    whole = Look(x, y.to(dev), randn((len(y), s.G.z), c.seed, f'gan.z{own}', number, dev), fy.to(dev), number, own, free)
     rank, world = rank_and_world()
     return whole.part(rank, world, c.pack)  # with several processes each has its share
 
@@ -313,7 +315,7 @@ def seen(s: GanState, l: Look, x: torch.Tensor, side: str) -> torch.Tensor:
     "Images as the discriminator sees them: augmented, where asked, the reals and the fakes by numbers of their own."
     return diff_augment(x, s.cfg.augment, s.cfg.augment_p, rng(s.cfg.seed, f'gan.augment.{side}{l.own}', l.number))
 
-# %% ../../nbs/03b_gan_training.ipynb #5c5ccbd1
+# %% ../../nbs/03b_gan_training.ipynb #b476c182
 def reader(D: nn.Module, x: torch.Tensor):
     "(labels -> scores, features) of images; one pass serves all heads where the network has several."
     if not hasattr(D, 'score'): return lambda y=None: D(x, y).float(), None
@@ -337,6 +339,10 @@ def penalties(s: GanState, l: Look, x: torch.Tensor, fake: torch.Tensor) -> torc
     if c.r2: total = total + c.r2*zero_penalty(s.D, fake, l.fy)
     return c.penalty_every*total
 
+def unlabelled(s: GanState, l: Look, of_real) -> torch.Tensor:
+    "Scores without labels of the look's unlabelled images, or of its labelled ones where it has no others."
+    return of_real() if l.free is None else reader(s.D, seen(s, l, l.free, 'free'))[0]()
+
 def d_objective(s: GanState, l: Look, fake: torch.Tensor) -> torch.Tensor:
     "What the discriminator minimises at a look."
     c, x, fake = s.cfg, seen(s, l, l.x, 'real'), seen(s, l, fake.detach(), 'fake')
@@ -344,7 +350,7 @@ def d_objective(s: GanState, l: Look, fake: torch.Tensor) -> torch.Tensor:
         (of_real, _), (of_fake, h) = reader(s.D, x), reader(s.D, fake)
         real, scores = of_real(l.y), of_fake(l.fy)
         loss = d_loss(real, scores, c.loss, target(s, l, real))
-        if c.uncond: loss = loss + c.uncond*d_loss(of_real(), of_fake(), c.loss)
+        if c.uncond: loss = loss + c.uncond*d_loss(unlabelled(s, l, of_real), of_fake(), c.loss)
         if c.info: loss = loss + 2*c.info*noise_loss(s.D.posterior(h)[0].float(), l.z)
     return loss + penalties(s, l, x, fake)
 
@@ -359,7 +365,7 @@ def g_objective(s: GanState, l: Look, fake: torch.Tensor) -> torch.Tensor:
         if c.uncond: loss = loss + c.uncond*g_loss(None, of_fake(), kind)
         return loss + c.info*noise_loss(s.D.posterior(h)[0].float(), l.z) if c.info else loss
 
-# %% ../../nbs/03b_gan_training.ipynb #82c00ab6
+# %% ../../nbs/03b_gan_training.ipynb #9c5ecc6b
 def share_gradients(net: nn.Module):
     "With several processes: the mean of their gradients."
     if (world := rank_and_world()[1]) == 1: return
@@ -394,7 +400,7 @@ def g_update(s: GanState, l: Look, fake: torch.Tensor | None = None) -> torch.Te
 
 def gan_step(
     s: GanState,
-    batches,  # number -> (uint8 images, labels)
+    batches,  # number -> (uint8 images, labels), and perhaps as many unlabelled images
     step: int,
     total: int,  # steps of the whole training
 ) -> tuple:  # (discriminator's last loss, generator's loss)
@@ -412,15 +418,22 @@ def gan_step(
     s.average(step)
     return loss_d, loss_g
 
-# %% ../../nbs/03b_gan_training.ipynb #f0e22cc5
+# %% ../../nbs/03b_gan_training.ipynb #17f400c8
+@contextmanager
+def at_rest(net: nn.Module):
+    "The network in evaluation mode inside the block; each of its modules is as it was after (in fine-tuning some rest while others train)."
+    was = {m: m.training for m in net.modules()}
+    net.eval()
+    try: yield net
+    finally:
+        for m, on in was.items(): m.training = on
+
 @torch.no_grad()
 def judge(s: GanState, batches, net: nn.Module) -> dict:
     "Both losses (without smoothing, penalties and other terms) and the discriminator's accuracy, on real images it never saw and as many fakes."
     images, y = batches(0)
-    x, y, was = to_device(images, s.machine), y.to(s.machine['device']), s.D.training
-    s.D.eval()
-    real, fake = [s.D(t, y).float() for t in (x, net(randn((len(y), s.G.z), s.cfg.seed, 'gan.judge', 0, y.device), y).float())]
-    s.D.train(was)
+    x, y = to_device(images, s.machine), y.to(s.machine['device'])
+    with at_rest(s.D) as D: real, fake = [D(t, y).float() for t in (x, net(randn((len(y), s.G.z), s.cfg.seed, 'gan.judge', 0, y.device), y).float())]
     kind = s.cfg.loss if s.cfg.loss_g in ('same', 'feature_matching') else s.cfg.loss_g
     right = score_accuracy(real, fake, s.cfg.loss in FREE)
     losses = dict(val_loss_d=d_loss(real, fake, s.cfg.loss).item(), val_loss_g=g_loss(real, fake, kind).item())
@@ -434,9 +447,9 @@ def as_generator(s: GanState, split: Split, trained: list) -> GanGenerator:
 
 class Watcher:
     "Called every `eval_every` steps: measures, logs, draws, and keeps what is best so far."
-    def __init__(self, stage: Stage, cfg: GanConfig, val: Split, classifier, trained: list, watched: list):
+    def __init__(self, stage: Stage, cfg: GanConfig, val: Split, classifier, trained: list, watched: list, watch=None):
         self.stage, self.cfg, self.val, self.trained, self.watched = stage, cfg, val, trained, watched
-        self.watch = Watch(val, classifier, watched, cfg.n_eval, cfg.inception)
+        self.watch = watch or Watch(val, classifier, watched, cfg.n_eval, cfg.inception)  # generator -> measures, `frechet` among them
         self.batches = new_batches(cfg, val, watched, min(256, len(val)//cfg.pack*cfg.pack), stage.device, True)
     def __call__(self, s: GanState, step: int):
         "Measure the state after `step` steps."
@@ -526,7 +539,7 @@ def work_gan(cfg: GanConfig, facts: dict) -> dict:
     disk = 2*(4*g + 3*d) + (2 + kept)*g + d + 5e6  # two checkpoints (average and Adam's moments too), best, last and kept generators; pictures
     return dict(gan=total*cfg.batch, sample=total//cfg.eval_every*cfg.n_eval*facts['classes'], disk=disk)
 
-# %% ../../nbs/03b_gan_training.ipynb #b3d1113e
+# %% ../../nbs/03b_gan_training.ipynb #7a4c09f6
 def stage_splits(stage: Stage) -> tuple:
     "(train, val, real classifier) of a stage's inputs."
     folder = stage.input('splits')
@@ -536,7 +549,7 @@ def run_gan(stage: Stage) -> dict:
     "The stage: train on all classes or the base classes, keep the best by val and the last."
     cfg, (train, val, classifier) = stage.cfg, stage_splits(stage)
     if cfg.data != 'train': train = load_split(stage.input('splits'), cfg.data)
-    labels = load_json(stage.input('splits')/'fewshot.json')['base'] if cfg.classes == 'base' else list(range(len(train.classes)))
+    labels = labels_of(stage, len(train.classes))
     part = train.only(labels)
     cfg.check(dict(n_train=len(part)))
     s, total = GanState(cfg, train.images.shape[1:], len(train.classes), stage.machine, labels), cfg.total(len(part))
@@ -544,16 +557,16 @@ def run_gan(stage: Stage) -> dict:
     train_gan(s, new_batches(cfg, part, labels, cfg.batch, stage.device), total, stage, Watcher(stage, cfg, val, classifier, labels, labels))
     return finish_gan(s, stage, part, total, labels)
 
-def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list) -> dict:
+def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list, saw=(), **more) -> dict:
     "Save the last networks (what fine-tuning starts from), the film, and the result from the history: the best evaluation and where it was."
     as_generator(s, part, labels).save(stage.dir/'last')
     save_tensors(stage.dir/'last'/'discriminator.safetensors', s.D.state_dict())
     animate(stage.dir/'pictures', stage.dir/'film.png')
     rows = [r for r in stage.history.rows if r.get('frechet') is not None]
     best = min(rows, key=lambda r: r['frechet'])
-    measured = ('frechet', 'kid', 'agreement', 'coverage', 'variety', 'fid', 'is_mean')
+    measured = ('frechet', 'frechet_supports', 'kid', 'agreement', 'precision', 'recall', 'density', 'coverage', 'variety', 'fid', 'is_mean')
     result = dict(steps=total, best_step=best['step'], **{k: best[k] for k in measured if best.get(k) is not None},
-                  trained=labels, n_train=len(part), digest=load_generator(stage.dir).digest)
-    stage.saw = list(part.saw)
+                  trained=labels, n_train=len(part), digest=load_generator(stage.dir).digest, **more)
+    stage.saw = list(dict.fromkeys([*part.saw, *saw]))
     stage.finish(result)
     return result
