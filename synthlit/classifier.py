@@ -102,7 +102,7 @@ def planned_steps(recipe: ClassifierConfig, n_real: int) -> int:
     "Steps of a training: fixed by the real training split, so that every source gets the same budget."
     return recipe.steps or recipe.epochs*max(1, n_real//recipe.batch)
 
-# %% ../nbs/02_classifier.ipynb #2568e586
+# %% ../nbs/02_classifier.ipynb #0ee64dad
 def new_optimizer(net: nn.Module, r: ClassifierConfig) -> torch.optim.Optimizer:
     "The recipe's optimiser over all parameters of a network."
     adam = dict(lr=r.lr, betas=(r.momentum, r.beta2), weight_decay=r.weight_decay)
@@ -114,7 +114,7 @@ def new_optimizer(net: nn.Module, r: ClassifierConfig) -> torch.optim.Optimizer:
 def update(opt: torch.optim.Optimizer, net: nn.Module, r: ClassifierConfig, lr: float):
     "One update from the gradients that are there."
     if r.clip: nn.utils.clip_grad_norm_(net.parameters(), r.clip)
-    if r.optimizer == 'sgdw' and r.weight_decay: torch._foreach_mul_(list(net.parameters()), 1 - r.weight_decay)
+    if r.optimizer == 'sgdw' and r.weight_decay: torch._foreach_mul_([p for p in net.parameters() if p.requires_grad], 1 - r.weight_decay)
     for g in opt.param_groups: g['lr'] = lr
     opt.step()
 
@@ -258,32 +258,38 @@ def spread(net: nn.Module, machine: dict) -> nn.Module:
     from accelerate import Accelerator
     return Accelerator(cpu=machine['device'] == 'cpu').prepare(net)
 
-# %% ../nbs/02_classifier.ipynb #9c255f56
+# %% ../nbs/02_classifier.ipynb #f6316492
 class Training:
     "A training in progress: the network, its average, the optimiser, the best so far."
-    def __init__(self, recipe: ClassifierConfig, shape, classes: list, machine: dict, net: nn.Module | None = None):
+    def __init__(self, recipe: ClassifierConfig, shape, classes: list, machine: dict, net: nn.Module | None = None, mix=None):
         machine, (self.rank, self.world) = of_rank(machine), rank_and_world()
-        self.recipe, self.shape, self.classes, self.machine = recipe, tuple(shape), classes, machine
+        self.recipe, self.shape, self.classes, self.machine, self.mix = recipe, tuple(shape), classes, machine, mix
         self.net = new_net(recipe, shape[0], len(classes), machine) if net is None else net.to(machine['device'], memory_format=laid_out(machine))
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False) if recipe.ema else None
         self.best, self.score = copy.deepcopy(self.net).eval().requires_grad_(False) if recipe.keep == 'best' else None, torch.tensor(-1.)
         self.opt = new_optimizer(self.net, recipe)
         self.crew = (Crew(self.net, shares_of(recipe.batch, machine), machine['threads']) if self.world == 1
                      else Crew(spread(self.net, machine), 1, machine['threads']))
-    def loss(self, net, x, ya, yb, lam: float) -> torch.Tensor:
-        "Cross-entropy with label smoothing, of two labels where images are mixed."
+    def loss(self, net, x, ya, yb, lam) -> torch.Tensor:
+        "Cross-entropy with label smoothing, of two labels where images are mixed: by one share `lam` of the first, or by one for each image."
+        each = torch.is_tensor(lam)
         with torch.autocast(self.machine['device'].split(':')[0], torch.bfloat16, enabled=self.recipe.precision == 'bf16'):
             out = net(x)
-            ce = lambda y: F.cross_entropy(out, y, label_smoothing=self.recipe.smoothing)
+            ce = lambda y: F.cross_entropy(out, y, label_smoothing=self.recipe.smoothing, reduction='none' if each else 'mean')
+            if each: return (lam*ce(ya) + (1 - lam)*ce(yb)).mean()
             return ce(ya) if lam == 1 else lam*ce(ya) + (1 - lam)*ce(yb)
+    def mixed(self, x: torch.Tensor, y: torch.Tensor, step: int) -> tuple:
+        "Images, labels, other labels, share of the first labels (a number, or one for each image)."
+        r = self.recipe
+        if self.mix: return self.mix(x, y, step)
+        return mix_batch(x, y, r.mixup, r.cutmix, rng(r.seed, 'classifier.mix', step)) if r.mixup or r.cutmix else (x, y, y, 1.)
     def step(self, x: torch.Tensor, y: torch.Tensor, step: int, steps: int) -> torch.Tensor:
         "One update on uint8 images; returns the loss (not yet read, so that a GPU is not kept waiting)."
         r, dev = self.recipe, self.machine['device']
-        x, ya, lam = augment_batch(x.to(dev), r, r.seed, step), y.to(dev), 1.
-        yb = ya
-        if r.mixup or r.cutmix: x, ya, yb, lam = mix_batch(x, ya, r.mixup, r.cutmix, rng(r.seed, 'classifier.mix', step))
-        mine = [t.chunk(self.world)[self.rank] for t in (x.contiguous(memory_format=laid_out(self.machine)), ya, yb)]
-        loss = self.crew.gradients(lambda net, x, a, b: self.loss(net, x, a, b, lam), *mine)
+        x, ya, yb, lam = self.mixed(augment_batch(x.to(dev), r, r.seed, step), y.to(dev), step)
+        x, shares = x.contiguous(memory_format=laid_out(self.machine)), [lam] if torch.is_tensor(lam) else []
+        mine = [t.chunk(self.world)[self.rank] for t in (x, ya, yb, *shares)]
+        loss = self.crew.gradients(lambda net, x, a, b, lam=lam: self.loss(net, x, a, b, lam), *mine)
         update(self.opt, self.net, r, learning_rate(step, steps, r))
         if self.average is not None: blend(self.average, self.net, min(r.ema, (1 + step)/(10 + step)))
         return loss
@@ -317,7 +323,7 @@ def blend(average: nn.Module, net: nn.Module, keep: float):
     ours, theirs = [list(m.parameters()) + [b for b in m.buffers() if b.is_floating_point()] for m in (average, net)]
     torch._foreach_lerp_(ours, theirs, 1 - keep)
 
-# %% ../nbs/02_classifier.ipynb #07625394
+# %% ../nbs/02_classifier.ipynb #a125db3e
 def train_classifier(
     source,  # what to train on: `len(source)` and `source.epoch(e) -> (images, labels)`
     recipe: ClassifierConfig,
@@ -329,11 +335,12 @@ def train_classifier(
     history=None,  # a `History`
     track=lambda it, total, start, desc: it,  # progress: `Stage.track`
     every: int = 500,  # steps between checkpoints
-    net: nn.Module | None = None,  # a network of your own instead of the recipe's
+    net: nn.Module | None = None,  # a network of your own instead of the recipe's; of one that is partly frozen only the rest moves
     each=None,  # function (classifier as it is, number of the epoch), called after every epoch
+    mix=None,  # function (images, labels, step) instead of the recipe's mixup and cutmix: see `Training.mixed` for what it returns
 ) -> Classifier:
     "Train the recipe on a source for a number of steps."
-    t = Training(recipe, shape_of(source), classes, machine, net)
+    t = Training(recipe, shape_of(source), classes, machine, net, mix)
     start, state = checkpoints.load() if checkpoints else (0, None)
     if state: t.load(state)
     if history: history.cut(start)
