@@ -372,6 +372,7 @@ STAGES = dict(
     search=StageSpec('06c_search', 'search', 'accepted', ('splits', 'classifier', 'generator')),
     multigen=StageSpec('07_multigen', 'multigen', 'mixture', ('splits', 'classifier', 'generator', 'accepted'), joins=True),
     evaluate=StageSpec('08a_evaluate', 'evaluate', 'scores', ('splits', 'classifier'), ('set', 'accepted', 'mixture', 'generator'), joins=True),
+    fewclassify=StageSpec('08b1_fewshot_classify', 'fewclassify', 'fewscores', ('splits', 'classifier'), ('generator',), joins=True),
     report=StageSpec('08c_report', 'report', 'report', ('splits',), ('classifier', 'generator', 'set', 'accepted', 'mixture', 'scores'), joins=True),
 )
 
@@ -662,7 +663,7 @@ def open_stage(
     enter_folder(folder, identity, cfg)
     return Stage(stage, run, folder, cfg, found, identity, lock, machine)
 
-# %% ../nbs/00a_core.ipynb #8112c69b
+# %% ../nbs/00a_core.ipynb #a4a039f6
 def small_stage(run: Path, stage: str, name: str = '', inputs=None, **settings):
     "Run one stage's tiny preset in a run folder, in this process."
     Config, presets, go = stage_parts(stage)
@@ -672,18 +673,20 @@ def small_stage(run: Path, stage: str, name: str = '', inputs=None, **settings):
     enter_folder(run/name, identity, cfg)
     go(Stage(stage, run, run/name, cfg, found, identity, None, machine))
 
-def small_inputs(run: Path, stage: str, many: bool = False):
+def small_inputs(run: Path, stage: str, many: bool = False, few: bool = False):
     "Run the tiny presets of everything that `stage` reads (two generators where it, or what it feeds, joins variants), in a temporary run folder."
-    spec, many = STAGES[stage], many or STAGES[stage].joins
+    spec, few = STAGES[stage], few or stage == 'fewclassify'  # few: one adapted generator, and all before it knows the base classes alone
+    many = (many or spec.joins) and not few
     for kind in spec.reads + (spec.may_read if spec.joins else ()):
         if any(STAGES[load_json(m)['stage']].makes == kind for m in run.glob('*/manifest.json')): continue
         up = next(s for s, other in STAGES.items() if other.makes == kind and s != stage)
-        small_inputs(run, up, many)
+        if stage == 'fewclassify' and kind == 'generator': up = 'fewshot'
+        small_inputs(run, up, many, few)
         gens = sorted(m.parent.name for m in run.glob('gan*/manifest.json'))
         if kind == 'generator' and many: [small_stage(run, up, f'{up}-seed{i}', seed=i) for i in range(2)]
         elif 'generator' in STAGES[up].reads and not STAGES[up].joins:
             [small_stage(run, up, f'{up}-{g}' if len(gens) > 1 else up, {'generator': g}) for g in gens]
-        else: small_stage(run, up, **({'classes': 'base'} if stage == 'fewshot' and up == 'gan' else {}))
+        else: small_stage(run, up, **({'classes': 'base'} if (stage, up) == ('fewshot', 'gan') or few and up == 'classifier' else {}))
 
 # %% ../nbs/00a_core.ipynb #42526f19
 def show_grid(
