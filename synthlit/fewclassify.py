@@ -6,9 +6,9 @@
 __all__ = ['FROM_GENERATOR', 'SOURCES', 'CHANGES', 'FEWCLASSIFY_PRESETS', 'PLAIN', 'read_row', 'FewclassifyConfig', 'head_of',
            'last_block', 'moving', 'Still', 'ready', 'endless', 'Beside', 'retrieved', 'shared_floor', 'drawn', 'mixer',
            'Exam', 'Looks', 'restored', 'Task', 'Job', 'recipe_for', 'further', 'source_for', 'scores_at', 'fine_tune',
-           'jobs_of', 'further_in_turn', 'train_jobs', 'tuned_path', 'clean_base', 'adapted', 'refuse_seen', 'task_of',
-           'rank_correlation', 'scored_looks', 'scores_of', 'summary', 'print_table', 'work_fewclassify',
-           'save_history', 'run_fewclassify']
+           'jobs_of', 'in_order', 'further_in_turn', 'train_jobs', 'tuned_path', 'clean_base', 'adapted', 'refuse_seen',
+           'task_of', 'rank_correlation', 'scored_looks', 'all_looks', 'scores_of', 'summary', 'print_table',
+           'work_fewclassify', 'save_history', 'run_fewclassify']
 
 # %% ../nbs/08b1_fewshot_classify.ipynb #e6f81c98
 import copy, shutil
@@ -45,7 +45,7 @@ def read_row(row: str) -> tuple:  # source, changes
     if {'mixup', 'cutmix'} <= {*changes}: raise SettingError(f'fewclassify.rows: {row!r} mixes in two ways; take one of mixup and cutmix')
     return source, tuple(changes)
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #6593da9c
+# %% ../nbs/08b1_fewshot_classify.ipynb #22709b13
 @dataclass
 class FewclassifyConfig(Augment):
     "Settings of few-shot classification. The fields of `Augment` are those of the rows with `+ augmentation`."
@@ -86,7 +86,6 @@ class FewclassifyConfig(Augment):
         if not self.n_generated and (some := sources & {*FROM_GENERATOR, 'Gaussian floor'}):
             no('n_generated', f'{" and ".join(sorted(some))} would have nothing to add; at least 1, or leave the rows out')
         if self.mixup_law == 'uniform' and self.mixup > 1: no('mixup', 'a share is at most 1, so mixup_law = uniform needs at most 1')
-        if not facts.get('novel', 1): no('rows', 'the splits have no novel classes; set splits.novel')
 
 FEWCLASSIFY_PRESETS = dict(
     tiny=dict(
@@ -101,7 +100,7 @@ FEWCLASSIFY_PRESETS = dict(
     smoke=dict(steps=2, n_generated=2, n_fakeval=2, validate_every=1, seeds=[0], batch=2, batch_generated=2, floor_dim=2),
 )
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #1bb88612
+# %% ../nbs/08b1_fewshot_classify.ipynb #26c17810
 def head_of(net: nn.Module) -> str:
     "Name of the last linear layer."
     return [n for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
@@ -124,7 +123,7 @@ def moving(net: nn.Module, moves: str) -> list:
             raise SettingError(f'fewclassify.moves = {moves!r}: {nearest(p, ["head", "last_block", "all", *blocks])}')
     return [n for n in names if any(inside(n, p) for p in [head, *parts])]
 
-class Still:
+class Still(nn.Module):
     "Mixed into a batch norm: the stored averages are used in training too, and stay."
     def train(self, mode: bool = True): return super().train(False)
 
@@ -318,11 +317,15 @@ def fine_tune(t: Task, job: Job, more: tuple, folder: Path, machine: dict, track
                      mix=mixer(c, job.seed) if 'mixup' in read_row(job.row)[1] else None)
     return looks
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #2ff40cec
+# %% ../nbs/08b1_fewshot_classify.ipynb #f25b9741
 def jobs_of(cfg: FewclassifyConfig, generators) -> list:
     "All trainings: of one generator and seed after another."
     needs = lambda r: read_row(r)[0] in FROM_GENERATOR
     return [Job(r, g, s) for g in ['', *generators] for s in cfg.seeds for r in sorted(cfg.rows, key=lambda r: read_row(r)[0]) if needs(r) == bool(g)]
+
+def in_order(jobs: list, rows: list) -> list:
+    "Jobs as the table has them: row by row, then by generator and seed."
+    return sorted(jobs, key=lambda j: (rows.index(j.row), j.generator, j.seed))
 
 def further_in_turn(t: Task, jobs: list):
     "Job after job with its further images, None where `jobs` says that it is done; they are held only as long as the next job wants the same."
@@ -350,7 +353,7 @@ def tuned_path(folder: Path, job: Job) -> Path:
     "Where what moved in a job is kept."
     return Path(folder)/'tuned'/f'{job.stem}.safetensors'
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #36f0a972
+# %% ../nbs/08b1_fewshot_classify.ipynb #2f5874a5
 def clean_base(folder: Path, known: Split):
     "`SettingError` unless this classifier was trained on the base classes of this split."
     if known.digest not in read_manifest(folder)['saw']:
@@ -385,6 +388,7 @@ def task_of(stage: Stage) -> Task:
     cfg, (train, val, base), where = stage.cfg, stage_splits(stage), stage.input('splits')
     fs = load_json(where/'fewshot.json')
     novel, supports, known = fs['novel'], train.take(fs['supports']), train.only(fs['base'])
+    cfg.check({})
     if not novel or not len(supports) or not len(val.only(novel)):
         raise SettingError(f'{where.name} has {len(novel)} novel classes, {len(supports)} supports of them and {len(val.only(novel))} images in val: '
                            'set splits.novel and splits.k to at least 1')
@@ -394,10 +398,12 @@ def task_of(stage: Stage) -> Task:
     still = cfg.batch_norm == 'moving' and moving(base.net, cfg.moves) == moving(base.net, 'head')
     sets = dict(val=val.only(novel), base=val.only(fs['base']))
     exams = {k: Exam(base, s.images, s.labels, still) for k, s in sets.items()}
-    exams |= {n: Exam(base, *drawn(g, novel, cfg.n_fakeval, 0, dials_of(cfg), cfg.n_generated), still) for n, g in gens.items()}
+    for n, g in gens.items():
+        x, y = drawn(g, novel, cfg.n_fakeval, 0, dials_of(cfg), cfg.n_generated)  # never among those that are trained on
+        exams[n] = Exam(base, x, y, still)
     return Task(cfg, base, novel, supports, known, gens, exams)
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #f5b4b66f
+# %% ../nbs/08b1_fewshot_classify.ipynb #992f553a
 def rank_correlation(a: list, b: list) -> float | None:
     "Spearman's; None with fewer than three pairs or where one side is constant."
     pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
@@ -412,6 +418,12 @@ def scored_looks(t: Task, job: Job, looks: Looks, exam: Exam) -> list:
         out.append(dict(**job._asdict(), label=job.label, **r, test=test[0], test_novel=test[1]))
     return out
 
+def all_looks(stage: Stage, t: Task, jobs: list, exam: Exam) -> list:
+    "The rows of `looks.parquet`, written once: after that, what moved at each look may be gone."
+    path, folder = stage.dir/'looks.parquet', stage.dir/'checkpoints'/'looks'
+    if not path.exists(): save_table(path, [r for j in jobs for r in scored_looks(t, j, Looks(folder/j.stem, []), exam)])
+    return load_table(path).to_pylist()
+
 def scores_of(t: Task, job: Job, path: Path, rows: list, exam: Exam) -> dict:
     "The line of a training in `scores.parquet`."
     c, meta = restored(t.base, path), load_tensors(path)[1]
@@ -420,14 +432,15 @@ def scores_of(t: Task, job: Job, path: Path, rows: list, exam: Exam) -> dict:
     col = lambda k, rs=whole: [r[k] for r in rs]
     by = lambda k: max(whole, key=lambda r: (r[k], r['step']))['test'] if None not in col(k) else None
     source, changes = read_row(job.row)
-    every = len(whole) == len(rows)
+    every, late = len(whole) == len(rows), whole[len(whole)//2:]
     chosen = dict(by_val=by('val'), by_fakeval=by('fakeval'), by_test=by('test')) if every else dict(by_val=None, by_fakeval=None, by_test=None)
     return dict(**job._asdict(), label=job.label, source=source, n=meta['n'], step=meta['step'], val=look['val'], val_novel=look['val_novel'],
                 fakeval=look['fakeval'], test=test[0], test_novel=test[1], base_val=t.exams['base'].scores(c, t.novel)[0], **chosen, looks=len(rows),
                 fakeval_with_val=rank_correlation(col('fakeval', rows), col('val', rows)),
-                fakeval_with_test=rank_correlation(col('fakeval'), col('test')) if every else None)
+                fakeval_with_test=rank_correlation(col('fakeval'), col('test')) if every else None,
+                fakeval_with_test_late=rank_correlation(col('fakeval', late), col('test', late)) if every else None)
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #ddaa67f9
+# %% ../nbs/08b1_fewshot_classify.ipynb #a02295a3
 def summary(rows: list) -> list:
     "One line per row and generator: accuracies and paired gain with intervals, what a choice would have changed, correlations of fakeval."
     labels, out = list(dict.fromkeys(r['label'] for r in rows)), []
@@ -443,9 +456,10 @@ def summary(rows: list) -> list:
         gain = [r['test'] - against[r['seed']] for r in mine]
         for k, v in dict(test=[r['test'] for r in mine], test_novel=[r['test_novel'] for r in mine], gain=gain).items():
             line |= dict(zip((k, f'{k}_low', f'{k}_high'), interval(v)))
-        for k in ('fakeval_with_val', 'fakeval_with_test'):
+        for k in ('fakeval_with_val', 'fakeval_with_test', 'fakeval_with_test_late'):
             v = [r[k] for r in mine if r[k] is not None]
-            line |= dict(zip((k, f'{k}_low', f'{k}_high', f'{k}_n'), (*interval(v), len(v)) if v else (None, None, None, 0)))
+            ends = [None if e is None else float(np.clip(e, -1, 1)) for e in (interval(v) if v else (None, None, None))]
+            line |= dict(zip((k, f'{k}_low', f'{k}_high', f'{k}_n'), (*ends, len(v))))
         out.append(line)
     return out
 
@@ -455,16 +469,17 @@ def print_table(table: list):
     num = lambda v, f='.2f': '-' if v is None else f'{v:{f}}'
     wide = max(len(r['label']) for r in table) + 2
     print(f'{"trained on":{wide}}{"images":>7}{"all %":>7} {"interval":>13}{"novel %":>8}{"gain":>7} {"interval":>13}{"base %":>7}{"val→test":>9}'
-          f'{"fake→":>7}{"best":>7}{"ρ val":>7}{"ρ test":>7}')
+          f'{"fake→":>7}{"best":>7}{"ρ val":>7}{"ρ test":>7}{"late":>7}')
     for r in table:
         pc = lambda k, f='.1f', r=r: num(None if r[k] is None else 100*r[k], f)
         print(f'{r["label"]:{wide}}{r["n"]:7}{pc("test"):>7} {ci(r, "test"):>13}{pc("test_novel"):>8}{pc("gain"):>7} {ci(r, "gain"):>13}'
-              f'{pc("base_val"):>7}{pc("by_val"):>9}{pc("by_fakeval"):>7}{pc("by_test"):>7}{num(r["fakeval_with_val"]):>7}{num(r["fakeval_with_test"]):>7}')
+              f'{pc("base_val"):>7}{pc("by_val"):>9}{pc("by_fakeval"):>7}{pc("by_test"):>7}{num(r["fakeval_with_val"]):>7}'
+              f'{num(r["fakeval_with_test"]):>7}{num(r["fakeval_with_test_late"]):>7}')
     print(f'all: novel test images, the likeliest of all classes (the headline); novel: the likeliest of the novel classes; gain: over {table[0]["rival"]}\n'
           'base: base classes of val afterwards; val→test, fake→, best: test at the look that val, fakeval, test itself like best; '
-          'ρ: fakeval with val and test over looks')
+          'ρ: rank correlation of fakeval with val and with test over the looks of a training; late: with test over the later half of them')
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #d09dad9c
+# %% ../nbs/08b1_fewshot_classify.ipynb #62ac8604
 def work_fewclassify(cfg: FewclassifyConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     gens, novel, seeds = facts.get('generators', 1), facts.get('novel', 1), len(cfg.seeds)
@@ -490,14 +505,13 @@ def run_fewclassify(stage: Stage) -> dict:
     seen = refuse_seen(stage, facts['digests'])
     jobs, protocol = jobs_of(stage.cfg, t.generators), load_json(where/'fewshot.json').get('protocol')
     train_jobs(stage, t, jobs)
+    jobs = in_order(jobs, stage.cfg.rows)
     whole = open_test(where, f'{stage.run.name}/{stage.dir.name}', f'novel classes, {len(jobs)} classifiers', digest(stage.identity))
     test = whole.only(t.novel)
     exam = Exam(t.base, test.images, test.labels, t.exams['val'].still)
-    folder = stage.dir/'checkpoints'/'looks'
-    looks = {j: scored_looks(t, j, Looks(folder/j.stem, []), exam) for j in jobs}
-    rows = [scores_of(t, j, tuned_path(stage.dir, j), looks[j], exam) for j in jobs]
-    flat = [r for rs in looks.values() for r in rs]
-    save_table(stage.dir/'scores.parquet', rows), save_table(stage.dir/'looks.parquet', flat), save_history(stage, flat)
+    looks = all_looks(stage, t, jobs, exam)
+    rows = [scores_of(t, j, tuned_path(stage.dir, j), [r for r in looks if (r['label'], r['seed']) == (j.label, j.seed)], exam) for j in jobs]
+    save_table(stage.dir/'scores.parquet', rows), save_history(stage, looks)
     table = summary(rows)
     best = max(table, key=lambda r: r['val'])  # a choice, so on val
     chosen = Job(best['row'], best['generator'], stage.cfg.seeds[0])
@@ -507,5 +521,5 @@ def run_fewclassify(stage: Stage) -> dict:
                   n_val=len(t.exams['val'].labels), n_test=len(test), test_digest=whole.digest, cut=whole.cut)
     stage.saw = list(dict.fromkeys((*t.supports.saw, *t.known.saw)))
     stage.finish(result)
-    shutil.rmtree(folder, ignore_errors=True)  # looked at, and not needed any more
+    shutil.rmtree(stage.dir/'checkpoints'/'looks', ignore_errors=True)  # looked at, and not needed any more
     return result
