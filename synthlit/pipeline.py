@@ -130,7 +130,7 @@ def variants(entry: str, stage: str, said: dict, default_preset: str) -> list:
         except SettingError as e: raise SettingError(f'{entry}: {e}') from None
     return out
 
-# %% ../nbs/09_pipeline.ipynb #62aeb78d
+# %% ../nbs/09_pipeline.ipynb #b3005511
 def candidates(entry: str, stage: str, uses, nodes: list) -> dict:
     "kind -> nodes that an entry may read: those of the entries it `uses`, else all that fit."
     spec, adapts = STAGES[stage], 'generator' in STAGES[stage].reads and STAGES[stage].makes == 'generator'
@@ -146,6 +146,9 @@ def candidates(entry: str, stage: str, uses, nodes: list) -> dict:
         fits = [n for n in asked if n.makes == kind] or [n for n in nodes if n.makes == kind and n.name not in adapted]
         if adapts and kind == 'generator' and not any(n.makes == kind for n in asked):
             fits = [n for n in fits if n.stage == 'gan' and n.cfg.classes == 'base']
+        if kind == 'classifier' and not any(n.makes == kind for n in asked):  # one of the base classes serves few-shot work alone, where there is another
+            base = [n for n in fits if getattr(n.cfg, 'classes', 'all') == 'base']
+            fits = (base if stage == 'fewclassify' else [n for n in fits if n not in base]) or fits
         if not fits and kind in spec.reads:
             raise SettingError(f'{entry} needs a {kind}'
                                f'{" trained on the base classes (gan with classes: base)" if adapts and kind == "generator" else ""}'
@@ -525,7 +528,7 @@ def run_side_by_side(todo: list, nodes: list, params: dict, run: Path, machine: 
     if failed: raise failed[0]
     return worked
 
-# %% ../nbs/09_pipeline.ipynb #1d2c903b
+# %% ../nbs/09_pipeline.ipynb #006d3bed
 def run_chain(
     params: dict,  # from `read_params`
     out=None,  # run folder; None = runs/<name>
@@ -591,6 +594,7 @@ def headline(folder: Path) -> str:
     if 'table' in r:
         return ''.join(f'\n    {x["row"]:32} test {100*x["test"]:.2f} %' + (f'  gap {100*x["gap"]:.2f}' if x['kind'] != 'real' else '')
                        for x in r['table'])
+    if 'novel' in r and 'rows' in r: return ''.join(f'\n    {x["label"]:42} novel test {100*x["test"]:.2f} %' for x in r['rows'])
     for k, text in dict(frechet='Fréchet distance to val in classifier features {:.2f}',
                         val_accuracy='val accuracy {:.4f}', images='{} images').items():
         if k in r: return f': {text.format(r[k])}'

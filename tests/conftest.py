@@ -14,6 +14,7 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
     "stages": {
         "splits": {},
         "classifier": {"epochs": 2},
+        "base_classifier": {"stage": "classifier", "classes": "base", "epochs": 2},
         "gan": {"seed": [0, 1], "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
         "base_gan": {"stage": "gan", "classes": "base", "steps": 40, "eval_every": 20, "width_g": 8, "width_d": 8, "n_eval": 10},
         "fewshot": {"mode_g": "linear", "mode_d": "linear", "steps": 10, "eval_every": 10, "n_eval": 10},
@@ -23,6 +24,7 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
         "search": {"uses": "gan-seed0", "per_class": 20, "draws": 2, "trials": 2, "halvings": 0},
         "multigen": {"per_class": 20},
         "evaluate": {"seeds": [0], "n_measure": 100, "recycle": 1},
+        "fewclassify": {"steps": 20, "seeds": [0]},
         "report": {},
     },
 }

@@ -88,7 +88,7 @@ def test_dry_run_sees_what_a_change_entails(tiny_run, tiny_copy, tmp_path, capsy
     params, before = write_params(tmp_path / "tiny.yaml", tiny_run.params), sorted(tiny_copy.rglob("*"))
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "classifier.epochs=3", "--dry-run"]) == 0
     rows = dict(re.findall(r"^(\S+) +(done|changed|begun|to do|waiting) ", capsys.readouterr().out, re.M))
-    assert len(rows) == 14 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
+    assert len(rows) == 16 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
     assert "done" not in rows.values(), rows
     assert sorted(tiny_copy.rglob("*")) == before
 
@@ -164,7 +164,7 @@ def test_show(tiny_run, capsys):
     """A line for every stage, with its state; an unfinished stage is not done."""
     assert main(["show", str(tiny_run.run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 15 and all(" done " in line for line in lines[1:])
+    assert len(lines) == 17 and all(" done " in line for line in lines[1:])
 
 
 def test_log(tiny_run, tmp_path, capsys):

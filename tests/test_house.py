@@ -205,19 +205,11 @@ def test_ready_experiments_are_valid_and_explained(path):
     some = dict(
         fast={"splits", "classifier"},
         search={"splits", "classifier", "gan", "search", "evaluate", "report"},
-<<<<<<< HEAD
-        gafi=set(STAGES) - {"fewshot", "imported"},
-=======
-        gafi=set(STAGES) - {"fewshot", "fewclassify"},
->>>>>>> 3381a32 (Few-shot classification: shorter lines, in the sidebar; house rules know the stage)
+        gafi=set(STAGES) - {"fewshot", "fewclassify", "imported"},
         gan={"splits", "classifier", "gan", "generate", "evaluate", "report"},
-        few={"splits", "classifier", "gan", "fewshot"},
+        few={"splits", "classifier", "gan", "fewshot", "fewclassify"},
     )
-<<<<<<< HEAD
-    whole = set(STAGES) - {"search", "imported"}  # a filter with settings of its own does for an example; the gafi_* experiments search
-=======
-    whole = set(STAGES) - {"search", "fewclassify"}  # a filter with settings of its own does for an example; the gafi_* experiments search
->>>>>>> 3381a32 (Few-shot classification: shorter lines, in the sidebar; house rules know the stage)
+    whole = set(STAGES) - {"search", "imported", "fewclassify"}  # a filter with settings of its own does for an example; the gafi_* experiments search
     assert {n.stage for n in nodes} == some.get(path.stem.split("_")[0], whole)
     assert path.read_text().startswith("# ")
 
