@@ -117,7 +117,7 @@ def main(threads: int):
     """All rows at a number of threads."""
     torch.set_num_threads(threads)
     row("what", "beside", "ours", "peer", "ratio")
-    for (width_g, width_d), modes, steps in (((64, 16), ("linear", "embed", "all"), 8), ((16, 2), ("linear", "embed"), 20)):
+    for (width_g, width_d), modes, steps in (((64, 16), ("linear", "embed", "all"), 6), ((16, 2), ("linear", "embed"), 10)):
         cfg = config(width_g, width_d)
         for mode_g in modes:
             mode_d = MODES[mode_g]
