@@ -10,7 +10,7 @@ __all__ = ['FROM_GENERATOR', 'SOURCES', 'CHANGES', 'ROWS', 'FEWCLASSIFY_PRESETS'
            'adapted', 'refuse_seen', 'task_of', 'rank_correlation', 'scored_looks', 'all_looks', 'scores_of', 'summary',
            'print_table', 'work_fewclassify', 'save_history', 'run_fewclassify']
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #e6f81c98
+# %% ../nbs/08b1_fewshot_classify.ipynb #1f40eb0e
 import copy, shutil
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from .core import (
 from .metrics import distances
 from .augment import Augment
 from .generator import GaussianFloor, Generator, load_generator
-from .splits import Split, load_split, open_test, openings
+from .splits import Split, load_split, open_test, openings, supports_of
 from .classifier import Classifier, ClassifierConfig, train_classifier
 from .generate import addresses, dials_of
 from .gan.train import stage_splits
@@ -45,7 +45,7 @@ def read_row(row: str) -> tuple:  # source, changes
     if {'mixup', 'cutmix'} <= {*changes}: raise SettingError(f'fewclassify.rows: {row!r} mixes in two ways; take one of mixup and cutmix')
     return source, tuple(changes)
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #a7f5fbfa
+# %% ../nbs/08b1_fewshot_classify.ipynb #b3352457
 ROWS = ('supports', 'supports + augmentation', 'supports + mixup', 'supports + augmentation + mixup', 'generated alone + augmentation',
         'sample', 'sample + augmentation', 'sample + augmentation + mixup', 'retrieved real + augmentation', 'Gaussian floor + augmentation')
 
@@ -53,6 +53,7 @@ ROWS = ('supports', 'supports + augmentation', 'supports + mixup', 'supports + a
 class FewclassifyConfig(Augment):
     "Settings of few-shot classification. The fields of `Augment` are those of the rows with `+ augmentation`."
     rows: list[str] = field(default_factory=lambda: list(ROWS))  # what is compared: a source and, after +, what is done to its images
+    k: Annotated[int | None, (1, None)] = None  # supports per novel class; None = all that the splits have. Generators adapted on another number are left out
     n_generated: Annotated[int, (0, None)] = 100  # images per novel class from each generator, and from the Gaussian floor
     n_retrieved: Annotated[int, (1, None)] = 4  # base-class images per support, in the rows of retrieved real images
     std: Annotated[float | None, (0.001, 10)] = None  # the generators' dial: spread of the latent; None = their default
@@ -353,19 +354,20 @@ def tuned_path(folder: Path, job: Job) -> Path:
     "Where what moved in a job is kept."
     return Path(folder)/'tuned'/f'{job.stem}.safetensors'
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #10116a35
+# %% ../nbs/08b1_fewshot_classify.ipynb #ae42ec14
 def clean_base(folder: Path, known: Split):
     "`SettingError` unless this classifier was trained on the base classes of this split."
     if known.digest not in read_manifest(folder)['saw']:
         raise SettingError(f'{folder.name} was not trained on the base classes alone: it would know the novel ones from more than their supports. '
                            'Make a classifier with classifier.classes = base and name it in fewclassify.uses')
 
-def adapted(folders: list, supports: Split, novel: list, device) -> dict:  # name -> generator
-    "The adapted generators among the folders; `SettingError` for one of other supports, or that cannot draw a novel class."
+def adapted(folders: list, supports: Split, novel: list, k: int, device) -> dict:  # name -> generator
+    "The generators adapted on k supports among the folders; `SettingError` for one of other supports, or that cannot draw a novel class."
     out: dict = {}
     for f in folders:
         m = read_manifest(f)
         if 'generator' not in m['inputs']: print(f'{f.name} was not adapted from another generator: left out'); continue
+        if (own := load_json(f/'result.json').get('k', k)) != k: print(f'{f.name} was adapted on {own} supports of a class, not {k}: left out'); continue
         g = load_generator(f, device)
         if lack := [supports.classes[c] for c in novel if c not in g.trained]:
             raise SettingError(f'{f.name} cannot draw the novel classes {lack[:5]}: adapt it on the supports of this split, '
@@ -389,13 +391,14 @@ def task_of(stage: Stage) -> Task:
     "Everything that the stage reads, checked."
     cfg, (train, val, base), where = stage.cfg, stage_splits(stage), stage.input('splits')
     fs = load_json(where/'fewshot.json')
-    novel, supports, known = fs['novel'], train.take(fs['supports']), train.only(fs['base'])
+    k = cfg.k or fs['k']
+    novel, supports, known = fs['novel'], train.take(supports_of(fs, k)), train.only(fs['base'])
     cfg.check({})
     if not novel or not len(supports) or not len(val.only(novel)):
         raise SettingError(f'{where.name} has {len(novel)} novel classes, {len(supports)} supports of them and {len(val.only(novel))} images in val: '
                            'set splits.novel and splits.k to at least 1')
     clean_base(stage.input('classifier'), known)
-    gens = adapted(stage.inputs.get('generator', []), supports, novel, stage.device)
+    gens = adapted(stage.inputs.get('generator', []), supports, novel, k, stage.device)
     if not jobs_of(cfg, gens):
         raise SettingError(f'fewclassify.rows = {cfg.rows}: all need an adapted generator, and this run has none; add a fewshot stage')
     still = cfg.batch_norm == 'moving' and moving(base.net, cfg.moves) == moving(base.net, 'head')

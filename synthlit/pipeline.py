@@ -162,12 +162,13 @@ def outside(path: str) -> Node:
     m = read_manifest(folder)
     return Node(str(folder), m['stage'], str(folder), types.SimpleNamespace(**m['settings']), folder.name)
 
-# %% ../nbs/09_pipeline.ipynb #22809025
+# %% ../nbs/09_pipeline.ipynb #021b2d9e
 def combinations(stage: str, cands: dict) -> list:
     "Consistent choices of inputs: one node per kind whose ancestors agree; for joining stages everything above the same splits."
     spec = STAGES[stage]
     if spec.joins:
-        return [{k: [n for n in v if n is s or n.lineage.get(s.entry, s.name) == s.name] for k, v in cands.items()} for s in cands['splits']]
+        of = lambda n, s: n is s or n.entry != s.entry and n.lineage.get(s.entry, s.name) == s.name
+        return [{k: [n for n in v if of(n, s)] for k, v in cands.items()} for s in cands['splits']]
     out = []
     for choice in itertools.product(*cands.values()):
         ways = [{**n.lineage, n.entry: n.name} for n in choice]
@@ -209,7 +210,7 @@ def plan(params: dict) -> list:
             raise SettingError(f'{n.entry}: two variants would share the folder {n.name!r}: a value is said twice, or another entry has that name')
     return nodes
 
-# %% ../nbs/09_pipeline.ipynb #f745ed90
+# %% ../nbs/09_pipeline.ipynb #99dea7a1
 def facts_of(node: Node, nodes: list) -> dict:
     "What is known of the data and recipe that a node works on."
     from synthlit.classifier import planned_steps
@@ -219,9 +220,9 @@ def facts_of(node: Node, nodes: list) -> dict:
     facts = data_facts((up('splits') or nodes[0]).cfg) if (up('splits') or nodes[0]).stage == 'splits' else {}
     c = up('classifier') or next((n for n in nodes if n.stage == 'classifier'), None)
     if c and facts: facts['recipe_images'] = planned_steps(c.cfg, facts['n_train'])*c.cfg.batch
-    read, gans = node.reads.get('accepted', []), [n.cfg for n in node.reads.get('generator', []) if n.stage == 'gan']
+    read, gans = node.reads.get('accepted', []), [n for n in node.reads.get('generator', []) if n.stage == 'gan']
     if read: facts |= dict(sets=len(read), accepted=min(n.cfg.per_class or facts.get('smallest', 10**9) for n in read))
-    if len(gans) == 1: facts['pack'] = gans[0].pack
+    if len(gans) == 1: facts |= dict(pack=gans[0].cfg.pack, gan=gans[0].cfg, **(dict(source=gans[0].name) if '/' in gans[0].name else {}))
     return {**facts, 'generators': len(read or node.reads.get('generator') or [1])}
 
 def preflight(nodes: list):
@@ -628,7 +629,7 @@ def smoke(params: dict, out=None) -> Path:
     print(f'{params.get("name")}: {len(nodes)} stages are wired right (tiny, random images)')
     return run
 
-# %% ../nbs/09_pipeline.ipynb #5e4cfde2
+# %% ../nbs/09_pipeline.ipynb #31508e7a
 def look_at(folder: str) -> dict:
     "What a new parameter file needs to know of a data set: n, classes, smallest class, shape, size (None where all images are square and alike)."
     import numpy as np
@@ -689,7 +690,7 @@ stages:
   #   eval_every: {every}
   #   flip: {flip}
   # fewshot:              # ... and learns them from k images
-  #   mode: embed
+  #   mode_g: embed
   generate:
     uses: gan
   filter:

@@ -14,7 +14,7 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'S
            'provenance_section', 'section', 'state_part', 'page', 'make_report', 'compare_runs', 'work_report',
            'run_report']
 
-# %% ../nbs/08c_report.ipynb #24902fcc
+# %% ../nbs/08c_report.ipynb #abeac77c
 import base64, functools, html, io, json, re, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 from .core import (
     said, STAGES, DamagedFile, History, Stage, atomic, load_json, load_table, load_tensors, open_stage, preset_of, resolve)
 from .generator import load_generator
-from .splits import load_split, openings
+from .splits import load_split, openings, supports_of
 from .filter import images_at, load_accepted
 from .multigen import draw_mixture
 
@@ -605,7 +605,7 @@ def curves_section(v: RunView):
         if losses: figs.append(curves({k: f.history.column(k) for k in losses}, f'{f.name}: losses' + ('' if f.manifest else ' (not finished)')))
     return el('div', figs, class_='figs') if figs else missing('a training')
 
-# %% ../nbs/08c_report.ipynb #d23dc1c7
+# %% ../nbs/08c_report.ipynb #ca8de3ea
 def fewshot_section(v: RunView):
     "The supports beside what each adapted generator draws of the novel classes."
     stages = [f for f in v.folders if f.stage == 'fewshot' and f.manifest]
@@ -615,12 +615,14 @@ def fewshot_section(v: RunView):
     for f in stages:
         splits = v.source(f, 'splits')
         fs, train = load_json(splits.path/'fewshot.json'), load_split(splits.path, 'train')
-        names, k, n = [train.classes[c] for c in fs['novel']], fs['k'], v.cfg.samples
+        k, n, modes = f.result.get('k', fs['k']), v.cfg.samples, [f.settings.get(m, '?') for m in ('mode_g', 'mode_d')]
+        names = [train.classes[c] for c in fs['novel']]
         before = f.history.column('frechet')[1][0]
-        text = (f'Mode {f.settings.get("mode", "?")}, {k} images per class. Fréchet distance to the novel part of val, in classifier features: '
-                f'{before:.2f} before, {f.result["frechet"]:.2f} at step {f.result["best_step"]:,}, '
-                f'where the real classifier takes {f.result["agreement"]:.0%} of the samples for their class.')
-        figs = [grid(list(train.images[fs['supports']].split(k)), names, [el('b', 'supports'), ', from train'], min(k, 10), v.cfg.tile),
+        known = f', where the real classifier takes {f.result["agreement"]:.0%} of the samples for their class' if 'agreement' in f.result else ''
+        text = (f'Mode {modes[0]} of the generator, {modes[1]} of the discriminator, {k} images per class. '
+                f'Fréchet distance to the novel part of val, in classifier features: {before:.2f} before, '
+                f'{f.result["frechet"]:.2f} at step {f.result["best_step"]:,}{known}.')
+        figs = [grid(list(train.images[supports_of(fs, k)].split(k)), names, [el('b', 'supports'), ', from train'], min(k, 10), v.cfg.tile),
                 grid(drawn(f.path, fs['novel'], n), names, [el('b', 'generated'), f' by {f.name}'], n, v.cfg.tile)]
         out += [el('h3', f.name), el('p', text), el('div', figs, class_='figs')]
     return out
