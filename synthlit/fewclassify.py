@@ -45,7 +45,7 @@ def read_row(row: str) -> tuple:  # source, changes
     if {'mixup', 'cutmix'} <= {*changes}: raise SettingError(f'fewclassify.rows: {row!r} mixes in two ways; take one of mixup and cutmix')
     return source, tuple(changes)
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #b3352457
+# %% ../nbs/08b1_fewshot_classify.ipynb #2e620fed
 ROWS = ('supports', 'supports + augmentation', 'supports + mixup', 'supports + augmentation + mixup', 'generated alone + augmentation',
         'sample', 'sample + augmentation', 'sample + augmentation + mixup', 'retrieved real + augmentation', 'Gaussian floor + augmentation')
 
@@ -53,7 +53,7 @@ ROWS = ('supports', 'supports + augmentation', 'supports + mixup', 'supports + a
 class FewclassifyConfig(Augment):
     "Settings of few-shot classification. The fields of `Augment` are those of the rows with `+ augmentation`."
     rows: list[str] = field(default_factory=lambda: list(ROWS))  # what is compared: a source and, after +, what is done to its images
-    k: Annotated[int | None, (1, None)] = None  # supports per novel class; None = all that the splits have. Generators adapted on another number are left out
+    k: Annotated[int | None, (1, None)] = None  # supports per novel class; None = all of the splits. A generator adapted on another number is left out
     n_generated: Annotated[int, (0, None)] = 100  # images per novel class from each generator, and from the Gaussian floor
     n_retrieved: Annotated[int, (1, None)] = 4  # base-class images per support, in the rows of retrieved real images
     std: Annotated[float | None, (0.001, 10)] = None  # the generators' dial: spread of the latent; None = their default
@@ -354,7 +354,7 @@ def tuned_path(folder: Path, job: Job) -> Path:
     "Where what moved in a job is kept."
     return Path(folder)/'tuned'/f'{job.stem}.safetensors'
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #ae42ec14
+# %% ../nbs/08b1_fewshot_classify.ipynb #669c5c3c
 def clean_base(folder: Path, known: Split):
     "`SettingError` unless this classifier was trained on the base classes of this split."
     if known.digest not in read_manifest(folder)['saw']:
@@ -367,7 +367,7 @@ def adapted(folders: list, supports: Split, novel: list, k: int, device) -> dict
     for f in folders:
         m = read_manifest(f)
         if 'generator' not in m['inputs']: print(f'{f.name} was not adapted from another generator: left out'); continue
-        if (own := load_json(f/'result.json').get('k', k)) != k: print(f'{f.name} was adapted on {own} supports of a class, not {k}: left out'); continue
+        if (own := load_json(f/'result.json').get('k', k)) != k: print(f'{f.name} was adapted on {own} supports, not {k}: left out'); continue
         g = load_generator(f, device)
         if lack := [supports.classes[c] for c in novel if c not in g.trained]:
             raise SettingError(f'{f.name} cannot draw the novel classes {lack[:5]}: adapt it on the supports of this split, '

@@ -130,7 +130,7 @@ def variants(entry: str, stage: str, said: dict, default_preset: str) -> list:
         except SettingError as e: raise SettingError(f'{entry}: {e}') from None
     return out
 
-# %% ../nbs/09_pipeline.ipynb #b3005511
+# %% ../nbs/09_pipeline.ipynb #786a1831
 def candidates(entry: str, stage: str, uses, nodes: list) -> dict:
     "kind -> nodes that an entry may read: those of the entries it `uses`, else all that fit."
     spec, adapts = STAGES[stage], 'generator' in STAGES[stage].reads and STAGES[stage].makes == 'generator'
@@ -146,7 +146,7 @@ def candidates(entry: str, stage: str, uses, nodes: list) -> dict:
         fits = [n for n in asked if n.makes == kind] or [n for n in nodes if n.makes == kind and n.name not in adapted]
         if adapts and kind == 'generator' and not any(n.makes == kind for n in asked):
             fits = [n for n in fits if n.stage == 'gan' and n.cfg.classes == 'base']
-        if kind == 'classifier' and not any(n.makes == kind for n in asked):  # one of the base classes serves few-shot work alone, where there is another
+        if kind == 'classifier' and not any(n.makes == kind for n in asked):  # that of base classes serves few-shot work alone
             base = [n for n in fits if getattr(n.cfg, 'classes', 'all') == 'base']
             fits = (base if stage == 'fewclassify' else [n for n in fits if n not in base]) or fits
         if not fits and kind in spec.reads:
