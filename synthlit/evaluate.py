@@ -9,7 +9,7 @@ __all__ = ['EVALUATE_PRESETS', 'EvaluateConfig', 'interval', 'Row', 'sources_of'
            'choice_flops', 'price', 'train_rows', 'work_evaluate', 'run_evaluate', 'score', 'summary', 'by_best_epoch',
            'print_table']
 
-# %% ../nbs/08a_evaluate.ipynb #b29a4918
+# %% ../nbs/08a_evaluate.ipynb #87ae1b07
 import re, shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .core import (
     save_table, save_tensors, side_by_side, take_lock)
 from .metrics import fid, frechet_distance, prdc
 from .generator import fit_floor, load_generator
-from .splits import Split, ledger_path, open_test, openings
+from .splits import Split, ledger_path, open_test
 from .classifier import Fixed, load_classifier, planned_steps, train_classifier
 from .generate import addresses, load_set, per_class_of
 from .filter import images_at, load_accepted
@@ -298,7 +298,7 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
         r['val'] = r['model'].accuracy(val)
     return rows
 
-# %% ../nbs/08a_evaluate.ipynb #002296ae
+# %% ../nbs/08a_evaluate.ipynb #59e96506
 def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     few, extra = facts['generators']*min(cfg.row_seeds, len(cfg.seeds)), bool(cfg.recycle) + cfg.teacher + bool(cfg.real_share)
@@ -321,7 +321,7 @@ def run_evaluate(stage: Stage) -> dict:
     save_table(stage.dir/'scores.parquet', rows)
     searched = [f for k in ('accepted', 'mixture') for f in stage.inputs.get(k, [])]
     beside = looked_at(stage, train, test)
-    how = protocol(classifier.recipe, steps, stage.cfg.seeds, {r['row']: r['n'] for r in rows}, test, len(openings(test.digest)))
+    how = protocol(classifier.recipe, steps, stage.cfg.seeds, {r['row']: r['n'] for r in rows}, test, 0)
     result = dict(table=summary(rows, beside.pop('gaps')), steps=steps, optimism=[optimism(f, test, stage.machine) for f in searched],
                   n_test=len(test), cut=test.cut, test_digest=test.digest, recipe=vars(classifier.recipe), features='real classifier',
                   protocol=how, **asked, **beside)

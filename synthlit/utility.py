@@ -385,21 +385,22 @@ def read_transfer(
     where = 'both alike' if abs(apart) < margin else 'fine detail' if apart > 0 else 'coarse shape'
     return f'{text} Gap with coarse shape only {100*gaps["low"]:.1f} points, with fine detail only {100*gaps["high"]:.1f}: it is carried by {where}.'
 
-# %% ../nbs/08a1_utility.ipynb #ec03c1b8
+# %% ../nbs/08a1_utility.ipynb #15c79d6e
 def protocol(
     recipe,  # a ClassifierConfig
     steps: int,
     seeds: list,
     sizes: dict,  # row -> number of images it trains on
     test: Split,  # what the score is measured on
-    openings: int | None = None,  # how often test was opened so far; None = it is not sealed
+    openings: int | None = None,  # how often test was opened so far; 0 = its ledger says; None = it is not sealed
 ) -> str:
     "What was done, in lines to print above the scores."
     n = sorted(set(sizes.values()))
     how = 'label smoothing, ' if recipe.smoothing else ''
     return '\n'.join([
         f'score: top-1 accuracy on {len(test)} real images of {test.name} ({len(test.classes)} classes, digest {test.digest[:12]})'
-        + (f', opened {openings} time{"s" if openings != 1 else ""} so far' if openings is not None else ', not sealed'),
+        + (f', opened {openings} time{"s" if openings != 1 else ""} so far' if openings else
+           ', not sealed' if openings is None else ', sealed until all was decided'),
         f'trained: {recipe.network}{f", width {recipe.width}" if recipe.width else ""}, {recipe.optimizer}, {recipe.schedule}, {how}'
         f'batch {recipe.batch}, {steps} steps for every row, weights of the {"last step" if recipe.keep == "last" else "best epoch on val"}',
         f'sets: {n[0]} images' + (f' to {n[-1]} images' if len(n) > 1 else '')

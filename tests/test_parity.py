@@ -284,7 +284,7 @@ def test_parts_of_digits_are_disjoint_and_whole():
 class Told:
     """A generator of class 0 whose images are only numbers, and a classifier that gives them these probabilities; all later ones are hopeless."""
 
-    trained = [0]
+    trained, classes = [0], ["zero"]
 
     def __init__(self, p):
         self.p = torch.cat([torch.tensor(p), torch.tensor([[0.0] * (len(p[0]) - 1) + [1.0]]).expand(1000, -1)])
