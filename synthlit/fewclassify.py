@@ -45,7 +45,7 @@ def read_row(row: str) -> tuple:  # source, changes
     if {'mixup', 'cutmix'} <= {*changes}: raise SettingError(f'fewclassify.rows: {row!r} mixes in two ways; take one of mixup and cutmix')
     return source, tuple(changes)
 
-# %% ../nbs/08b1_fewshot_classify.ipynb #2e620fed
+# %% ../nbs/08b1_fewshot_classify.ipynb #fee2a26c
 ROWS = ('supports', 'supports + augmentation', 'supports + mixup', 'supports + augmentation + mixup', 'generated alone + augmentation',
         'sample', 'sample + augmentation', 'sample + augmentation + mixup', 'retrieved real + augmentation', 'Gaussian floor + augmentation')
 
@@ -53,7 +53,7 @@ ROWS = ('supports', 'supports + augmentation', 'supports + mixup', 'supports + a
 class FewclassifyConfig(Augment):
     "Settings of few-shot classification. The fields of `Augment` are those of the rows with `+ augmentation`."
     rows: list[str] = field(default_factory=lambda: list(ROWS))  # what is compared: a source and, after +, what is done to its images
-    k: Annotated[int | None, (1, None)] = None  # supports per novel class; None = all of the splits. A generator adapted on another number is left out
+    k: Annotated[int | None, (1, None)] = None  # supports per novel class; None = all. A generator adapted on another number is left out
     n_generated: Annotated[int, (0, None)] = 100  # images per novel class from each generator, and from the Gaussian floor
     n_retrieved: Annotated[int, (1, None)] = 4  # base-class images per support, in the rows of retrieved real images
     std: Annotated[float | None, (0.001, 10)] = None  # the generators' dial: spread of the latent; None = their default

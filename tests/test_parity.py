@@ -14,7 +14,7 @@ from synthlit import features
 from synthlit.classifier import one_cycle
 from synthlit.core import DamagedFile, file_digest, global_rng, randn, rng
 from synthlit.filter import Pool, Scores, accept, keep_rule
-from synthlit.generator import BLOCK, latents
+from synthlit.generator import BLOCK, Generator, latents
 from synthlit.metrics import InceptionFeatures, Moments, fid, frechet_distance, frechet_from_moments, inception_score, kid, prdc
 from synthlit.splits import SplitsConfig, cut_data, fewshot_split, load_data, stratified
 
@@ -281,7 +281,7 @@ def test_parts_of_digits_are_disjoint_and_whole():
 # ---- GaFi's keep-rule
 
 
-class Told:
+class Told(Generator):
     """A generator of class 0 whose images are only numbers, and a classifier that gives them these probabilities; all later ones are hopeless."""
 
     trained, classes = [0], ["zero"]
