@@ -710,7 +710,7 @@ def cmd_new(a):
     with atomic(to) as tmp: tmp.write_text(text)
     print(f'{to}: next, synthlit run {to} --smoke')
 
-# %% ../nbs/09_pipeline.ipynb #c527dca9
+# %% ../nbs/09_pipeline.ipynb #5436920a
 def print_plan(params: dict, out=None, first=None, last=None, only=None):
     "What a run would do, with time and disk estimated from timings taken now."
     nodes = plan(params)
@@ -722,7 +722,8 @@ def print_plan(params: dict, out=None, first=None, last=None, only=None):
     machine = probe(asked.get('device') or 'auto', asked.get('threads'), asked.get('channels_last')) if fresh else run_machine(run)
     use_machine(machine)
     costs, total = unit_costs(nodes, machine), [0., 0.]
-    print(f'{"stage":30}{"state":10}{"time":>9}{"disk":>10}  reads')
+    wide = max([29, *[len(n.name) for n in todo]]) + 1
+    print(f'{"stage":{wide}}{"state":10}{"time":>9}{"disk":>10}  reads')
     moving: set = set()  # what will be done anew, and so all that reads it
     for n in todo:
         state = 'to do' if fresh else state_of(n, run, machine)
@@ -730,7 +731,7 @@ def print_plan(params: dict, out=None, first=None, last=None, only=None):
         if state != 'done': moving.add(n.name)
         s, b = estimate(n, nodes, costs) if state != 'done' else (0., 0)
         total = [total[0] + s, total[1] + b]
-        print(f'{n.name:30}{state:10}{clock(s):>9}{b/1e6:8.1f}MB  '
+        print(f'{n.name:{wide}}{state:10}{clock(s):>9}{b/1e6:8.1f}MB  '
               f'{", ".join(m.name for k, ms in n.reads.items() if k not in ("splits", "classifier") for m in ms)}')
     print(f'{"together, about":40}{clock(total[0]):>9}{total[1]/1e6:8.1f}MB   on {machine["device"]}, {machine["threads"]} threads; run folder {run}')
 
@@ -741,7 +742,7 @@ def cmd_run(a):
     if a.dry_run: return print_plan(params, a.out, a.first, a.last, a.only)
     run_chain(params, a.out, a.first, a.last, a.only, a.jobs, a.engine)
 
-# %% ../nbs/09_pipeline.ipynb #31e556e4
+# %% ../nbs/09_pipeline.ipynb #0af06d84
 def find_run(name: str) -> Path:
     "A run folder by path, or by name under runs/."
     for p in (Path(name), Path('runs')/name):
@@ -757,7 +758,8 @@ def stage_folders(run: Path) -> list:
 
 def show_run(run: Path) -> bool:
     "Print the table of stages; True when all that were begun are done."
-    print(f'{"stage":30}{"state":>22}{"time":>9}')
+    wide = max([29, *[len(f.name) for f in stage_folders(run)]]) + 1
+    print(f'{"stage":{wide}}{"state":>22}{"time":>9}')
     busy = False
     for f in stage_folders(run):
         done = (f/'manifest.json').exists()
@@ -765,7 +767,7 @@ def show_run(run: Path) -> bool:
         try: p = json.loads((f/'progress.json').read_text())
         except (OSError, ValueError): p = None
         state = 'done' if done else f'{p["done"]}/{p["total"]}' + (' (quiet)' if time.time() - p['now'] > 60 else '') if p else 'begun'
-        print(f'{f.name:30}{state:>22}{clock(read_manifest(f)["seconds"]) if done else "":>9}'
+        print(f'{f.name:{wide}}{state:>22}{clock(read_manifest(f)["seconds"]) if done else "":>9}'
               f'{(headline(f) if done else "").splitlines()[0] if done and headline(f) else ""}')
     return not busy
 
