@@ -323,7 +323,7 @@ def blend(average: nn.Module, net: nn.Module, keep: float):
     ours, theirs = [list(m.parameters()) + [b for b in m.buffers() if b.is_floating_point()] for m in (average, net)]
     torch._foreach_lerp_(ours, theirs, 1 - keep)
 
-# %% ../nbs/02_classifier.ipynb #a125db3e
+# %% ../nbs/02_classifier.ipynb #e43ca33e
 def train_classifier(
     source,  # what to train on: `len(source)` and `source.epoch(e) -> (images, labels)`
     recipe: ClassifierConfig,
@@ -353,7 +353,7 @@ def train_classifier(
         if n % per_epoch == 0 or done:
             seen = t.judge(val)
             if history: history.log(n, loss=loss, **seen)
-            if each: each(t.now(), -(-n//per_epoch))
+            if each and t.rank == 0: each(t.now(), -(-n//per_epoch))
         if checkpoints and t.rank == 0 and (n % every == 0 or done): save_training(checkpoints, history, n, **t.state())
     return t.done()
 

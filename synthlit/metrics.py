@@ -71,7 +71,7 @@ def trace_sqrt(cov1: np.ndarray, cov2: np.ndarray, root=None) -> float:
     total, sure = roots(eigenvalues(sandwich(root, cov2)), 1e-9)
     return total if sure else float(scipy.linalg.svdvals(root_of(cov2).T @ root).sum())
 
-# %% ../nbs/00b_metrics.ipynb #b5106a4f
+# %% ../nbs/00b_metrics.ipynb #c7c707de
 class Few:
     "A set of at most d samples in d dimensions: its mean and its centred rows over √(n-1); the covariance is never formed."
     name = digest = ''
@@ -94,7 +94,7 @@ def cross_trace(x, y) -> float:
         k = x.rows @ y.rows.T
         return roots_of_gram(k @ k.T, lambda: k)
     x, y = (x, y) if few[0] else (y, x)
-    return roots_of_gram(x.rows @ y.cov @ x.rows.T, lambda: x.rows @ getattr(y, 'root', root_of(y.cov)))
+    return roots_of_gram(x.rows @ y.cov @ x.rows.T, lambda: x.rows @ (y.root if hasattr(y, 'root') else root_of(y.cov)))
 
 # %% ../nbs/00b_metrics.ipynb #1a314006
 @dataclasses.dataclass

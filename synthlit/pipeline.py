@@ -821,7 +821,7 @@ def cmd_report(a):
     with atomic(run/'report.html') as tmp: tmp.write_text(make_report(run, ReportConfig()))
     print(f'report: {run/"report.html"}')
 
-# %% ../nbs/09_pipeline.ipynb #e02bd9fd
+# %% ../nbs/09_pipeline.ipynb #91175501
 def generators_at(name: str) -> list:
     "Generator folders of a run, or the one folder that holds a generator."
     if (Path(name)/'generator.safetensors').exists(): return [Path(name).resolve()]
@@ -873,10 +873,10 @@ def print_scores(f: Path, g, counts: dict, a, dials: dict):
 
 def product(run: Path) -> Path:
     "The classifier that a run is for: trained on synthetic images alone, on the mixture if there is one, the best on val; without any, the real one."
-    from synthlit.evaluate import row_path
+    from synthlit.evaluate import HEADLINE, row_path
     folders = stage_folders(run)
     rows = [(f, r) for f in folders if (f/'scores.parquet').exists() for r in load_table(f/'scores.parquet').to_pylist()]
-    for kind in ('mixture', 'filtered', 'synthetic'):
+    for kind in HEADLINE:
         if mine := [(r['val'], -i, row_path(f, r['row'], r['seed'])) for i, (f, r) in enumerate(rows) if r['kind'] == kind]: return max(mine)[2]
     real = [f/'classifier.safetensors' for f in folders if (f/'classifier.safetensors').exists()]
     if not real: raise SettingError(f'{run} holds no classifier yet')

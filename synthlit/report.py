@@ -14,7 +14,7 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'S
            'provenance_section', 'section', 'state_part', 'page', 'make_report', 'compare_runs', 'work_report',
            'run_report']
 
-# %% ../nbs/08c_report.ipynb #abeac77c
+# %% ../nbs/08c_report.ipynb #a9eba7e3
 import base64, functools, html, io, json, re, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from .generator import load_generator
 from .splits import load_split, openings, supports_of
 from .filter import images_at, load_accepted
 from .multigen import draw_mixture
+from .evaluate import HEADLINE
 
 # %% ../nbs/08c_report.ipynb #938355b1
 @dataclass
@@ -245,10 +246,10 @@ def grid(
              class_='px' if a.shape[1] < 24*cols else None, style='height:auto')
     return el('figure', el('figcaption', caption), el('div', el('div', [el('span', n) for n in labels], class_='names'), img, class_='grid'))
 
-# %% ../nbs/08c_report.ipynb #709ba1a0
+# %% ../nbs/08c_report.ipynb #3728360d
 def headline_row(rows: list) -> dict | None:
     "The row of the table that the headline is about: mixture, else filtered, else synthetic; among several the best on val."
-    for kind in ('mixture', 'filtered', 'synthetic'):
+    for kind in HEADLINE:
         if mine := [r for r in rows if r['kind'] == kind]: return max(mine, key=lambda r: r['val'])
     return None
 
