@@ -24,6 +24,7 @@ bench: .venv/.installed-dev ## our speed beside public peers
 	$(V)/python tests/bench.py 1 2
 	$(V)/python tests/bench_gan.py 1 2
 	$(V)/python tests/bench_metrics.py
+	$(V)/python tests/bench_fewshot.py
 
 presets: .venv/.installed-dev ## train every GAN preset STEPS=200 steps on CIFAR-10 and Fashion-MNIST (hours on one core; goes on where it was)
 	$(V)/python tests/presets_on_real_data.py $(STEPS)

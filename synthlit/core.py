@@ -373,7 +373,7 @@ STAGES = dict(
     multigen=StageSpec('07_multigen', 'multigen', 'mixture', ('splits', 'classifier', 'generator', 'accepted'), joins=True),
     evaluate=StageSpec('08a_evaluate', 'evaluate', 'scores', ('splits', 'classifier'), ('set', 'accepted', 'mixture', 'generator'), joins=True),
     fewclassify=StageSpec('08b1_fewshot_classify', 'fewclassify', 'fewscores', ('splits', 'classifier'), ('generator',), joins=True),
-    report=StageSpec('08c_report', 'report', 'report', ('splits',), ('classifier', 'generator', 'set', 'accepted', 'mixture', 'scores'), joins=True),
+    report=StageSpec('08c_report', 'report', 'report', ('splits',), ('classifier', 'generator', 'set', 'accepted', 'mixture', 'scores', 'fewscores'), joins=True),
 )
 
 def stage_parts(stage: str) -> tuple:
@@ -677,7 +677,7 @@ def small_inputs(run: Path, stage: str, many: bool = False, few: bool = False):
     "Run the tiny presets of everything that `stage` reads (two generators where it, or what it feeds, joins variants), in a temporary run folder."
     spec, few = STAGES[stage], few or stage == 'fewclassify'  # few: one adapted generator, and all before it knows the base classes alone
     many = (many or spec.joins) and not few
-    for kind in spec.reads + (spec.may_read if spec.joins else ()):
+    for kind in spec.reads + (tuple(k for k in spec.may_read if k != 'fewscores') if spec.joins else ()):  # those need a classifier of their own
         if any(STAGES[load_json(m)['stage']].makes == kind for m in run.glob('*/manifest.json')): continue
         up = next(s for s, other in STAGES.items() if other.makes == kind and s != stage)
         if stage == 'fewclassify' and kind == 'generator': up = 'fewshot'

@@ -10,9 +10,9 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'S
            'table_section', 'recall_part', 'copies_part', 'privacy_part', 'asked_part', 'beside_section', 'first',
            'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words', 'filter_part',
            'filter_section', 'mixture_section', 'has', 'curves_section', 'fewshot_section', 'splits_section',
-           'optimism_part', 'epochs_part', 'openings_part', 'leak_part', 'honesty_section', 'times_part',
-           'provenance_section', 'section', 'state_part', 'page', 'make_report', 'compare_runs', 'work_report',
-           'run_report']
+           'fewscores_part', 'fewscores_section', 'optimism_part', 'epochs_part', 'openings_part', 'leak_part',
+           'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part', 'page', 'make_report',
+           'compare_runs', 'work_report', 'run_report']
 
 # %% ../nbs/08c_report.ipynb #a9eba7e3
 import base64, functools, html, io, json, re, time
@@ -647,6 +647,26 @@ def splits_section(v: RunView):
                 el('details', el('summary', 'Training images per class'), bars(rows), open='' if len(rows) <= 20 else None)]
     return out or missing('splits')
 
+# %% ../nbs/08c_report.ipynb #18150678
+def fewscores_part(f: Folder) -> list:
+    "Novel-class accuracy of each way of fine-tuning, as dots with intervals and as a table."
+    rows, pc = f.result['rows'], lambda r, k: '–' if r.get(k) is None else percent(r[k])
+    best, rival = max(range(len(rows)), key=lambda i: rows[i]['val']), rows[0]['rival']
+    kind = lambda r: 'floor' if r['row'].startswith('Gaussian') else 'synthetic' if r['generator'] else 'real'
+    picture = dots([dict(label=r['label'], value=r['test'], low=r['test_low'], high=r['test_high'], text=f'{percent(r["test"])} %', kind=kind(r))
+                    for r in rows], next((r['test'] for r in rows if r['label'] == rival), None))
+    heads = ['fine-tuned on', 'images', 'novel %', 'interval', 'among novel %', f'over {rival}', 'interval', 'base afterwards %', 'ρ fakeval, val']
+    cells = [[r['label'], f'{r["n"]:,}', pc(r, 'test'), ci(r['test_low'], r['test_high']), pc(r, 'test_novel'), f'{100*r["gain"]:+.1f}',
+              ci(r['gain_low'], r['gain_high']), pc(r, 'base_val'), '–' if r['fakeval_with_val'] is None else f'{r["fakeval_with_val"]:.2f}'] for r in rows]
+    return [picture, table(heads, cells, best),
+            el('p', f'{f.result["n_test"]:,} sealed test images of the novel classes, {f.result["k"]:g} supports per class, {rows[0]["seeds"]} seeds of one cut; '
+                    f'bold: best on val; dashed: {rival}. "novel" takes the likeliest of all classes, "among novel" of the novel ones alone.', class_='note')]
+
+def fewscores_section(v: RunView):
+    "The tables of every few-shot classification."
+    if not (found := v.of('fewscores')): return missing('few-shot classification')
+    return [[el('h3', f.name) if len(found) > 1 else None, fewscores_part(f)] for f in found]
+
 # %% ../nbs/08c_report.ipynb #fd316d2c
 def optimism_part(e: Folder) -> list:
     "What choosing on test would have claimed, for every search of the run."
@@ -716,12 +736,13 @@ def provenance_section(v: RunView):
             fold('Digests of artefacts and code', table(['folder', 'stage', 'artefacts', 'code'], rows, kind='text')),
             el('p', f'Versions: {"; or ".join(versions) or "none recorded"}.', class_='note')]
 
-# %% ../nbs/08c_report.ipynb #1159c3e9
+# %% ../nbs/08c_report.ipynb #a4379e75
 SECTIONS = dict(
     score=('The score', headline_section), table=('The table', table_section), beside=('Beside the score', beside_section),
     samples=('Samples', samples_section),
     filter=('What the filter kept', filter_section), mixture=('Mixture', mixture_section), curves=('Learning curves', curves_section),
-    fewshot=('Few-shot', fewshot_section), splits=('Data', splits_section), honesty=('What speaks against it', honesty_section),
+    fewshot=('Few-shot', fewshot_section), fewscores=('Few-shot classification', fewscores_section),
+    splits=('Data', splits_section), honesty=('What speaks against it', honesty_section),
     provenance=('Time and provenance', provenance_section))
 
 def section(key: str, v: RunView) -> Html:

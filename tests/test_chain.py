@@ -218,6 +218,7 @@ def test_report_again(tiny_copy, capsys):
 def test_report_needs_no_network(tiny_run):
     """Nothing that a browser would fetch when it opens the page."""
     html = (tiny_run.run / "report" / "report.html").read_text()
+    assert "could not be drawn" not in html and "Not in this run: few-shot classification" not in html
     assert not re.findall(r"""(?:src|srcset|href|action|data)\s*=\s*["']?\s*(?:https?:)?//[^\s"'>]*""", html, re.I)
     assert not re.findall(r"url\(\s*[\"']?(?!data:|#)[^)]*", html, re.I) and "@import" not in html
     assert not re.findall(r"<(?:script|link|iframe)[^>]*\b(?:src|href)\b", html, re.I)
