@@ -66,7 +66,8 @@ def test_params_yaml_repeats_the_run(tiny_run, tmp_path):
     for only in ("splits", "classifier", "gan-seed0", "generate"):
         assert main(["run", str(tiny_run.run / "params.yaml"), "--out", str(new), "--only", only]) == 0
     mine, good = digests(new), digests(tiny_run.run)
-    assert mine == {k: good[k] for k in ("splits", "classifier", "gan-seed0", "generate")}
+    made = ("splits", "classifier", "base_classifier", "gan-seed0", "generate")  # a stage's name means all that use it
+    assert mine == {k: good[k] for k in made}
     assert yaml.safe_load((new / "params.yaml").read_text()) == yaml.safe_load((tiny_run.run / "params.yaml").read_text())
 
 
@@ -75,7 +76,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(tiny_run, tiny_copy, tmp_pa
     before, params = digests(tiny_copy), write_params(tmp_path / "tiny.yaml", tiny_run.params)
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "evaluate.n_measure=120"]) == 0
     out, after = capsys.readouterr().out, digests(tiny_copy)
-    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 13 stages run" in out
+    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 16 stages run" in out
     assert {k for k in after if after[k] != before[k]} <= {"evaluate", "report"} and after["evaluate"] != before["evaluate"]
     assert {p.name for p in tiny_copy.glob("*.old-*")} == {"evaluate.old-1", "report.old-1"}
     assert read_manifest(tiny_copy / "evaluate.old-1")["digest"] == before["evaluate"]
@@ -96,15 +97,16 @@ def test_dry_run_sees_what_a_change_entails(tiny_run, tiny_copy, tmp_path, capsy
 # continuing
 
 
+FULL = {"classifier": "classifier"}  # not the one of the base classes
 GAN = dict(width_g=8, width_d=8, n_eval=10, eval_every=20, decay=False)
 
 
 def test_more_steps_continue_from_the_checkpoint(tiny_copy, capsys):
     """40 steps, then 80: the same bits as 80 at once, and only 40 more are made."""
-    small_stage(tiny_copy, "gan", "long", steps=40, **GAN)
+    small_stage(tiny_copy, "gan", "long", FULL, steps=40, **GAN)
     short = read_manifest(tiny_copy / "long")
-    small_stage(tiny_copy, "gan", "long", steps=80, **GAN)
-    small_stage(tiny_copy, "gan", "straight", steps=80, **GAN)
+    small_stage(tiny_copy, "gan", "long", FULL, steps=80, **GAN)
+    small_stage(tiny_copy, "gan", "straight", FULL, steps=80, **GAN)
     assert not list(tiny_copy.glob("long.old-*")) and short["settings"]["steps"] == 40
     for file in ("generator", "last/generator", "last/discriminator", "checkpoints/step-000000080"):
         a, b = [load_tensors(tiny_copy / stage / f"{file}.safetensors")[0] for stage in ("long", "straight")]
@@ -115,7 +117,7 @@ def test_more_steps_continue_from_the_checkpoint(tiny_copy, capsys):
 def test_falling_rates_begin_anew(tiny_copy):
     """With decay the rate of step 30 depends on the total: 80 steps after 40 are another training."""
     for steps in (40, 60):
-        small_stage(tiny_copy, "gan", "long", steps=steps, **{**GAN, "decay": True})
+        small_stage(tiny_copy, "gan", "long", FULL, steps=steps, **{**GAN, "decay": True})
     assert (tiny_copy / "long.old-1" / "manifest.json").exists()
 
 
@@ -133,8 +135,11 @@ def test_papermill_on_its_own(tmp_path):
     assert read_manifest(run / "classifier")["settings"]["epochs"] == 2
 
 
-# five files hold GaFi's published settings; they differ in numbers only, and BigGAN takes its time even when it is small: one of them will do
-ALIKE = {f"gafi_{name}_gpu" for name in ("cifar100", "cinic10", "dermamnist", "fashion_mnist")}
+# five files hold GaFi's published settings, three those of the few-shot GAN; they differ in numbers only, and such networks take their time even when
+# they are small: one of each will do
+ALIKE = {f"gafi_{name}_gpu" for name in ("cifar100", "cinic10", "dermamnist", "fashion_mnist")} | {
+    f"few_shot_{name}_gpu" for name in ("cifar100", "emnist")
+}
 
 
 @pytest.mark.parametrize("file", [p for p in PARAMS if p.stem not in ALIKE], ids=lambda p: p.stem)
