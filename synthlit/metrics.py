@@ -309,6 +309,7 @@ class Nearest:
         if sum(len(i) for i, *_ in self.open) > 64*len(self.x) + h.numel(): self.measure()
     def measure(self):
         "Measure the pairs that are open, as far as they can still count, and keep the k nearest of each row."
+        if not self.open: return
         i, j, h = (np.concatenate(part) for part in zip(*self.open))
         at = h >= self.best[i, -1].numpy() - 2*self.slack
         i, d = np.append(self.near[0], i[at]), np.append(self.near[1], exact_squares(self.x, self.x, i[at], j[at]))
