@@ -5,7 +5,7 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench results-fast results-gan-study presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,10 @@ results-gan-study: .venv/.installed ## train the rows of nbs/params/gan_study_cp
 	$(V)/synthlit run gan_study_cpu $(if $(INCEPTION),$(foreach r,$(STUDY) evaluate,-p $(r).inception=$(INCEPTION)))
 	for s in $(foreach r,classifier $(STUDY) evaluate,runs/gan_study_cpu/$(r)); do to=nbs/results/gan_study/$$(basename $$s); mkdir -p $$to; \
 	  for f in manifest.json result.json history.parquet; do [ ! -f $$s/$$f ] || cp $$s/$$f $$to/ || exit 1; done; done
+
+results-metrics: .venv/.installed-dev ## our measures beside pytorch-fid, prdc and torch-fidelity for nbs/results/metrics.ipynb (half an hour on an idle machine; the last two go into .venv-peers)
+	[ -x .venv-peers/bin/python ] || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install -q prdc==0.2 torch-fidelity==0.4.0; }
+	$(V)/python tests/bench_metrics.py --peers .venv-peers/bin/python --out nbs/results/metrics/bench.json
 
 torture: .venv/.installed-dev ## kill runs at random moments, N=100 times, and resume them
 	SYNTHLIT_TORTURE=$(N) $(V)/python -m pytest -rs tests/test_torture.py

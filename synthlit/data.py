@@ -112,6 +112,7 @@ def remote(name: str) -> list:
 def download(file: str, urls: list, md5: str, folder: Path) -> Path:
     "One file from the first address that works, its checksum verified."
     from torchvision.datasets.utils import download_url
+    error: Exception = DataError(f'{file}: no address is known to download it from')
     for u in urls:
         try: download_url(u, folder, file, md5)
         except Exception as e: error = e

@@ -6,7 +6,7 @@
 __all__ = ['EPS', 'Moments', 'root_of', 'eigenvalues', 'roots', 'sandwich', 'trace_sqrt', 'Few', 'roots_of_gram', 'cross_trace',
            'Reference', 'reference_of', 'load_reference', 'as_side', 'frechet_distance', 'frechet_from_moments',
            'frechet_per_class', 'two_sets', 'kernel_sum', 'kid', 'kid_subsets', 'gauss_sum', 'cmmd', 'distances',
-           'knn_radius', 'exact_squares', 'Near', 'largest_floor', 'squared_radii', 'inside', 'prdc', 'fid',
+           'knn_radius', 'exact_squares', 'Near', 'Nearest', 'squared_radii', 'inside', 'prdc', 'fid',
            'reference_stats', 'inception_score', 'half_of', 'bootstrap']
 
 # %% ../nbs/00b_metrics.ipynb #7f9f321c
@@ -237,7 +237,7 @@ def cmmd(
     within = lambda z: (gauss_sum(z, z, sigma, block) - own*len(z))/(len(z)*(len(z) - own))
     return scale*(within(x) + within(y) - 2*gauss_sum(x, y, sigma, block)/(len(x)*len(y)))
 
-# %% ../nbs/00b_metrics.ipynb #5992dcaf
+# %% ../nbs/00b_metrics.ipynb #156be0dd
 def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "Euclidean distances, each from its own differences: equal points are at exactly 0, whatever the block."
     return torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
@@ -271,41 +271,71 @@ class Near:
         for s in blocks(len(x), 1024): out[s, :-2] = (x[s] - self.middle)/self.scale
         out[:, -2] = -squares/2
         return out
+    def rows(self, a: int, s: slice) -> torch.Tensor:
+        "Rows of set `a` as the left side of a product: the 1 of the one meets the square of the other."
+        x = self.lifted[a][s].copy()
+        x[:, [-2, -1]] = x[:, [-1, -2]]
+        return torch.from_numpy(x)
     def products(self, a: int, b: int):
         "(slice, block of -|x-y|²/2): rows of set `a` by all of set `b`; the next block overwrites it."
-        y, out = self.lifted[b].T, np.empty((self.block, len(self.sets[b])), np.float32)
-        for s in blocks(len(self.sets[a]), self.block):
-            x = self.lifted[a][s].copy()
-            x[:, [-2, -1]] = x[:, [-1, -2]]                  # the 1 of the one meets the square of the other
-            yield s, np.matmul(x, y, out=out[:len(x)])
+        y, out = torch.from_numpy(self.lifted[b]).T, torch.empty(self.block, len(self.sets[b]))
+        for s in blocks(len(self.sets[a]), self.block): yield s, torch.mm(self.rows(a, s), y, out=out[:s.stop - s.start]).numpy()
+    def tiles(self, a: int, size: int):
+        "(rows, columns, tile of -|x-y|²/2) of set `a` with itself, of which one half is enough; the next tile overwrites it."
+        y, out, parts = torch.from_numpy(self.lifted[a]), torch.empty(size*size), blocks(len(self.sets[a]), size)
+        for n, rows in enumerate(parts):
+            x = self.rows(a, rows)
+            for cols in parts[n:]:
+                shape = rows.stop - rows.start, cols.stop - cols.start
+                yield rows, cols, torch.mm(x, y[cols].T, out=out[:shape[0]*shape[1]].view(shape))
 
-# %% ../nbs/00b_metrics.ipynb #e1cb5932
-def largest_floor(h: np.ndarray, k: int) -> np.ndarray:
-    "A bound from below on the k-th largest value of each row, from the maxima of groups of columns."
-    n = h.shape[1]
-    group = max(1, min(32, n//(4*k)))
-    best = torch.from_numpy(h)[:, :n//group*group].unflatten(1, (group, -1)).amax(1)  # what is left over can only raise the true value
-    return best.topk(k).values[:, -1:].numpy()
+# %% ../nbs/00b_metrics.ipynb #dc951005
+class Nearest:
+    "The k nearest points of each row of a set (itself among them), exact, from tiles of products."
+    def __init__(self, x: np.ndarray, k: int, slack):
+        self.x, self.k, self.slack = x, k, slack
+        self.best = torch.full((len(x), k), -torch.inf)  # the largest products so far, or some below them
+        self.open: list = []  # (rows, columns, products) of pairs that are not measured yet
+        self.near = np.empty(0, np.int64), np.empty(0)  # (rows, squared distances) of those that are
+    def add(self, own: slice, other: slice, h: torch.Tensor, dim: int):
+        "A tile of products, read along `dim`: 1 for its rows, 0 for its columns."
+        group = max(1, min(16, h.shape[dim]//(4*self.k)))
+        top = h.narrow(dim, 0, h.shape[dim]//group*group).unflatten(dim, (group, -1)).amax(dim)  # what is left over can only raise the true value
+        self.best[own] = torch.cat([self.best[own], top if dim else top.T], 1).topk(self.k).values
+        floor = self.best[own, -1:].numpy() - 2*self.slack
+        at = np.flatnonzero(h.numpy() >= (floor if dim else floor.T))
+        i, j = np.divmod(at, h.shape[1])[::1 if dim else -1]
+        self.open.append((i + own.start, j + other.start, h.numpy().ravel()[at]))
+        if sum(len(i) for i, *_ in self.open) > 64*len(self.x) + h.numel(): self.measure()
+    def measure(self):
+        "Measure the pairs that are open, as far as they can still count, and keep the k nearest of each row."
+        if not self.open: return
+        i, j, h = (np.concatenate(part) for part in zip(*self.open))
+        at = h >= self.best[i, -1].numpy() - 2*self.slack
+        i, d = np.append(self.near[0], i[at]), np.append(self.near[1], exact_squares(self.x, self.x, i[at], j[at]))
+        order = np.lexsort((d, i))
+        keep = np.arange(len(i)) - np.searchsorted(i[order], i[order]) < self.k
+        self.near, self.open = (i[order][keep], d[order][keep]), []
 
 def squared_radii(near: Near, a: int, k: int) -> np.ndarray:
     "Squared distance of each point of set `a` to its k-th nearest other point, exact."
-    x, out = near.sets[a], np.empty(len(near.sets[a]))
-    for s, h in near.products(a, a):
-        i, j = np.divmod(np.flatnonzero(h >= largest_floor(h, k + 1) - 2*near.slack), len(x))
-        d = exact_squares(x, x, i + s.start, j)
-        order, first = np.lexsort((d, i)), np.searchsorted(i, np.arange(len(h)))
-        out[s] = d[order][first + k]
-    return out
+    found = Nearest(near.sets[a], k + 1, near.slack)
+    for rows, cols, h in near.tiles(a, max(64, 4*near.block)):
+        found.add(rows, cols, h, 1)
+        if rows != cols: found.add(cols, rows, h, 0)
+    found.measure()
+    return found.near[1].reshape(-1, k + 1)[:, -1]
 
-def inside(near: Near, s: slice, h: np.ndarray, radii, of_y: bool, ties: bool) -> tuple:
+def inside(near: Near, s: slice, h: np.ndarray, radii, of_y: bool, ties: bool, known: np.ndarray | None = None) -> tuple:
     "Pairs (row, column) of a block of products whose points lie within the squared radius of the column's ball (`of_y`) or of the row's."
-    x, y = near.sets
+    x, y = near.sets  # columns that are `known` to be in a ball, or are surely in one here, are not measured again
     bound = (-radii/(2*near.scale**2)).astype(np.float32)
     at = np.flatnonzero(h >= (bound if of_y else bound[s, None]) - near.slack)
     i, j = np.divmod(at, h.shape[1])
     ball = j if of_y else i + s.start
     keep = h.ravel()[at] > bound[ball] + near.slack
-    open_ = np.flatnonzero(~keep)
+    if known is not None: known[j[keep]] = True
+    open_ = np.flatnonzero(~keep if known is None else ~(keep | known[j]))
     d, r = exact_squares(x, y, i[open_] + s.start, j[open_]), radii[ball[open_]]
     keep[open_] = d <= r if ties else d < r
     return i[keep] + s.start, j[keep]
@@ -328,7 +358,7 @@ def prdc(
     for s, h in near.products(0, 1):
         i, j = inside(near, s, h, r_real, True, ties)
         precise[i], covered[j], balls = True, True, balls + len(i)
-        recalled[inside(near, s, h, r_fake, False, ties)[1]] = True
+        recalled[inside(near, s, h, r_fake, False, ties, recalled)[1]] = True
     return dict(precision=float(precise.mean()), recall=float(recalled.mean()), density=balls/len(fake)/k, coverage=float(covered.mean()))
 
 # %% ../nbs/00b_metrics.ipynb #3a80c7c2

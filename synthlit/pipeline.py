@@ -11,9 +11,10 @@ __all__ = ['TOP', 'ENTRY', 'KERNEL_SECONDS', 'NEW', 'Loader', 'expand', 'read_ya
            'wanted', 'run_one', 'run_alone', 'LocalJobs', 'RayJobs', 'ready', 'run_side_by_side', 'run_chain',
            'agreed_machine', 'open_log', 'headline', 'shrink', 'thinned', 'smoke', 'look_at', 'new_params', 'cmd_new',
            'print_plan', 'cmd_run', 'find_run', 'stage_folders', 'show_run', 'cmd_show', 'cmd_log', 'params_yaml',
-           'plain_type', 'cmd_params', 'cmd_report', 'generators_at', 'labels_said', 'cmd_sample', 'sample_one',
-           'print_scores', 'product', 'cmd_predict', 'cmd_export', 'splits_of', 'cmd_score', 'cmd_stats', 'cmd_dataset',
-           'cmd_verify', 'cmd_push', 'agreed', 'cmd_clean', 'parser', 'add_set_commands', 'main']
+           'plain_type', 'cmd_params', 'cmd_report', 'cmd_compare', 'generators_at', 'labels_said', 'cmd_sample',
+           'sample_one', 'print_scores', 'product', 'cmd_predict', 'cmd_export', 'splits_of', 'cmd_score', 'cmd_stats',
+           'cmd_dataset', 'cmd_verify', 'cmd_push', 'agreed', 'cmd_clean', 'parser', 'add_compare', 'add_set_commands',
+           'main']
 
 # %% ../nbs/09_pipeline.ipynb #8f9abb2d
 import argparse, ast, contextlib, csv, dataclasses, functools, importlib, io, itertools, json, os, queue, re, shutil, signal, \
@@ -832,6 +833,16 @@ def cmd_report(a):
     with atomic(run/'report.html') as tmp: tmp.write_text(make_report(run, ReportConfig()))
     print(f'report: {run/"report.html"}')
 
+def cmd_compare(a):
+    "Write one page that sets runs beside each other: pictures, figures, differences, settings, cost. The first is what the others are compared with."
+    from synthlit.compare import compare_runs
+    from synthlit.core import atomic, resolve, said
+    from synthlit.report import ReportConfig
+    cfg = resolve(ReportConfig, said(title=a.title, samples=a.samples, classes=a.classes))
+    text = compare_runs([find_run(r) for r in a.runs], cfg)
+    with atomic(a.out) as tmp: tmp.write_text(text, encoding='utf-8')
+    print(f'comparison: {a.out}')
+
 # %% ../nbs/09_pipeline.ipynb #91175501
 def generators_at(name: str) -> list:
     "Generator folders of a run, or the one folder that holds a generator."
@@ -1027,8 +1038,15 @@ def parser() -> argparse.ArgumentParser:
     add(cmd_export, ('split', dict(help='a run, or its splits folder')), ('--to', dict(required=True, metavar='FOLDER')),
         ('--part', dict(default='train', choices=['train', 'val'])))
     add(cmd_clean, run, ('--yes', dict(action='store_true', help='do not ask')))
-    add_set_commands(add)
+    add_compare(add), add_set_commands(add)
     return p
+
+def add_compare(add):
+    "The command that takes several runs."
+    add(cmd_compare, ('runs', dict(nargs='+', metavar='RUN', help='run folders, or their names in runs/; at least two')),
+        ('--out', dict(default='compare.html', metavar='F', help='default: compare.html')), ('--title', dict(help='heading of the page')),
+        ('--samples', dict(type=int, default=6, help='images per class')),
+        ('--classes', dict(type=int, help='at most so many classes in the pictures')))
 
 def add_set_commands(add):
     "The commands about sets of images, of which some need no run."

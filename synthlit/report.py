@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'SECTIONS', 'ReportConfig', 'Html', 'safe', 'el',
-           'percent', 'ci', 'gap_ci', 'span', 'bars', 'zoom', 'dots', 'table', 'svg', 'curves', 'fit_tile', 'canvas',
-           'data_uri', 'grid', 'headline_row', 'headline', 'against_floor', 'Folder', 'how_far', 'look', 'survey',
-           'RunView', 'attempt', 'missing', 'score_bars', 'tile', 'headline_section', 'chance', 'score_table',
+           'percent', 'ci', 'gap_ci', 'span', 'three', 'bars', 'zoom', 'dots', 'table', 'svg', 'curves', 'fit_tile',
+           'canvas', 'data_uri', 'grid', 'headline_row', 'headline', 'against_floor', 'Folder', 'how_far', 'look',
+           'survey', 'RunView', 'attempt', 'missing', 'score_bars', 'tile', 'headline_section', 'chance', 'score_table',
            'table_section', 'recall_part', 'copies_part', 'privacy_part', 'asked_part', 'beside_section', 'first',
            'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words', 'filter_part',
            'filter_section', 'mixture_section', 'has', 'curves_section', 'fewshot_section', 'splits_section',
            'fewscores_part', 'fewscores_section', 'optimism_part', 'epochs_part', 'openings_part', 'leak_part',
            'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part', 'page', 'make_report',
-           'compare_runs', 'work_report', 'run_report']
+           'work_report', 'run_report']
 
 # %% ../nbs/08c_report.ipynb #a9eba7e3
 import base64, functools, html, io, json, re, time
@@ -77,6 +77,10 @@ def span(seconds: float) -> str:
     "A duration in words."
     s = round(seconds)
     return f'{seconds:.1f} s' if seconds < 10 else f'{s} s' if s < 120 else f'{s//60} min' if s < 7200 else f'{s//3600} h {s % 3600//60:02d} min'
+
+def three(x: float) -> str:
+    "A positive number to three digits, without an exponent where it is large."
+    return f'{x:.3g}' if x < 1000 else f'{float(f"{x:.3g}"):,.0f}'
 
 # %% ../nbs/08c_report.ipynb #b23c9bff
 STYLE = '''
@@ -397,10 +401,10 @@ COLUMNS = [  # head, cell, what it means
     ('recall', lambda r: f'{r["recall"]:.2f}', 'share of val images that lie among these images'),
     ('density', lambda r: f'{r["density"]:.2f}', 'how deep among val images they lie; can exceed 1'),
     ('coverage', lambda r: f'{r["coverage"]:.2f}', 'share of val images with one of these nearby'),
-    ('TFLOP', lambda r: f'{r["flops"]/1e12:.3g}',
+    ('TFLOP', lambda r: three(r['flops']/1e12),
      'work of one training: its steps, drawing its images and the real classifier\'s looks at them; the generator\'s training is not in it'),
-    ('to choose', lambda r: f'{r["choice_flops"]/1e12:.3g}', 'TFLOP of the trials that chose its settings: filter, search, mixture'),
-    ('% a TFLOP', lambda r: f'{100*r["test"]/((r["flops"] + r["choice_flops"])/1e12):.3g}', 'accuracy for the work of both together'),
+    ('to choose', lambda r: three(r['choice_flops']/1e12), 'TFLOP of the trials that chose its settings: filter, search, mixture'),
+    ('% a TFLOP', lambda r: three(100*r['test']/((r['flops'] + r['choice_flops'])/1e12)), 'accuracy for the work of both together'),
 ]
 PUBLISHED = dict(fashion_mnist=2.03, cifar10=1.78, cifar100=3.99)  # gaps to real in points, GaFi's abstract (arXiv 2305.10118)
 
@@ -776,26 +780,6 @@ def make_report(
              f'written {time.strftime("%Y-%m-%d %H:%M")} by synthlit')
     nav = el('nav', [[el('a', t, href=f'#{k}'), ' '] for k, (t, _) in SECTIONS.items()])
     return page(title, [el('h1', title), el('p', words, class_='note'), nav, state_part(v), [section(k, v) for k in SECTIONS]])
-
-# %% ../nbs/08c_report.ipynb #5fff5220
-def compare_runs(
-    runs,  # run folders
-) -> str:  # a whole HTML document
-    "The headline rows of several runs on one page: picture and table."
-    rows, cuts = [], set()
-    for run in map(Path, runs):
-        for e in [f for f in survey(run) if f.kind == 'scores' and f.manifest]:
-            cuts.add(e.result['cut'])
-            tag = run.resolve().name + ('' if e.name == 'evaluate' else f' ({e.name})')
-            rows += [dict(r, row=f'{tag}: {r["row"]}')
-                     for r in (next(r for r in e.result['table'] if r['kind'] == 'real'), headline_row(e.result['table'])) if r]
-    if not rows: return page('Comparison', [el('h1', 'Comparison of runs'), missing('an evaluation in any of these runs')])
-    warn = el('p', f'These runs use {len(cuts)} different cuts, so different test images: small differences mean nothing.',
-              class_='warn') if len(cuts) > 1 else None
-    draw = dots([dict(label=r['row'], value=r['test'], low=r['low'], high=r['high'], text=f'{percent(r["test"])} %', kind=r['kind']) for r in rows])
-    own = el('p', 'Each run has its own real classifier: compare the Fréchet distance and the measures after it within a run, not between runs.',
-             class_='note')
-    return page('Comparison', [el('h1', 'Comparison of runs'), warn, draw, score_table(rows), own])
 
 # %% ../nbs/08c_report.ipynb #7894c7e8
 def work_report(cfg: ReportConfig, facts: dict) -> dict:

@@ -132,7 +132,7 @@ def fast_search(s: Searcher) -> dict:
     reached: dict = {}  # (looks, worth) -> setting
     for _ in range(min(c.trials, int(np.prod([len(v) for v in grids.values()])))):
         t = study.ask()
-        setting = {k: t.suggest_categorical(k, v) for k, v in grids.items()}
+        setting, value = {k: t.suggest_categorical(k, v) for k, v in grids.items()}, 0.
         for i, share in enumerate(shares):
             t.report(value := s.worth(setting, share), 3**i)
             reached.setdefault((i, value), setting)

@@ -6,11 +6,14 @@ pytorch-fid is a dependency. The other two go into an environment of their own, 
 
 then `python tests/bench_metrics.py --peers .venv-peers/bin/python` (`--quick` for small sizes). Every measurement is a process of its own, given the
 features as files; ours and the peers' take turns, and the fastest of the rounds counts. Seconds are those of the processor, all threads together,
-which a busy machine does not stretch; the JSON holds those of the clock too. Nothing is asserted. The table is kept as JSON with --out FILE.
+which a busy machine stretches less; the JSON holds those of the clock too. Nothing is asserted. The table is kept as JSON with --out FILE
+(nbs/results/metrics.ipynb prints nbs/results/metrics/bench.json). The Inception network has random weights: time does not depend on them, and both
+sides have the same ones, so their features are compared too.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -209,8 +212,18 @@ def make_inception(folder: Path, n: int) -> tuple:
     return [folder / "images.npy"], dict(weights=str(folder / "inception.safetensors"), folder=str(folder))
 
 
-def compare(rows: list, title: str, files, ours: str, peers: list, settings: dict, rounds: int):
-    """Ours and the peers in turn; one row per peer."""
+def differ(a, b) -> float | None:
+    """Largest relative difference of two values, lists or dicts of numbers; None where a side has none (it failed, or measures something else)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [differ(a[k], b[k]) for k in a.keys() & b.keys()]
+        return max((f for f in found if f is not None), default=None)
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return abs(a - b) / max(abs(a), abs(b), 1e-300)
+    return None
+
+
+def compare(rows: list, key: str, title: str, files, ours: str, peers: list, settings: dict, rounds: int):
+    """Ours and the peers in turn; one row per peer. `key` names the row whatever the size."""
     best = {}
     for _ in range(rounds):
         for what, python in [(ours, sys.executable), *peers]:
@@ -218,41 +231,55 @@ def compare(rows: list, title: str, files, ours: str, peers: list, settings: dic
             best[what] = got if what not in best or got["cpu"] < best[what]["cpu"] else best[what] | dict(mb=max(got["mb"], best[what]["mb"]))
     for what, _ in peers:
         a, b = best[ours], best[what]
-        rows.append(dict(what=title, ours=a, beside=what, peer=b, times_faster=b["cpu"] / a["cpu"], times_smaller=b["mb"] / max(a["mb"], 1)))
+        ratios = dict(times_faster=b["cpu"] / a["cpu"], times_smaller=b["mb"] / max(a["mb"], 1), difference=differ(a["value"], b["value"]))
+        rows.append(dict(key=key, what=title, ours=a, beside=what, peer=b, **ratios))
         print(
-            f"{title:<28}{what:<29}{a['cpu']:8.2f}{b['cpu']:9.2f}{rows[-1]['times_faster']:7.1f}x"
+            f"{title:<38}{what:<29}{a['cpu']:8.2f}{b['cpu']:9.2f}{rows[-1]['times_faster']:7.1f}x"
             f"{a['mb']:8.0f}{b['mb']:8.0f}{rows[-1]['times_smaller']:7.1f}x",
             flush=True,
         )
         print(f"    {a['value']}\n    {b['value']}", flush=True)
 
 
-def main(peers: str, quick: bool, only: str, rounds: int) -> list:
+def machine(peers: str) -> dict:
+    """What the figures were measured on and with."""
+    versions = "import importlib.metadata as m; print({p: m.version(p) for p in ('torch', 'numpy', 'scipy', 'prdc', 'torch-fidelity')})"
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    own = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "scipy", "pytorch-fid")}
+    theirs = subprocess.run([peers, "-c", versions], capture_output=True, text=True).stdout.strip() if peers else ""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return dict(cpu=(cpu or [platform.processor()])[0], cores=os.cpu_count(), python=platform.python_version(), load=load, ours=own, peers=theirs)
+
+
+def main(peers: str, quick: bool, only: list, rounds: int) -> list:
     """All rows."""
     rows, me, few = [], sys.executable, quick and 4 or 1
     extra = lambda *names: [(n, peers) for n in names] if peers else []
-    print(f"{'':28}{'beside':<29}{'ours, s':>8}{'peer, s':>9}{'':>8}{'ours, MB':>8}{'peer, MB':>8}")
+    print(f"{'':38}{'beside':<29}{'ours, s':>8}{'peer, s':>9}{'':>8}{'ours, MB':>8}{'peer, MB':>8}")
     with tempfile.TemporaryDirectory() as folder:
         folder, d = Path(folder), 2048 // few
-        for n in (1000 // few, 5000 // few, 10000 // few):
-            if "frechet" in only:
-                files = make_features(folder, n, d)
-                compare(rows, f"Fréchet {n}x{d}", files, "ours_frechet", [("pytorch_fid", me), *extra("torch_fidelity_fid")], {}, rounds)
-        if "frechet" in only:
-            files = make_features(folder, 5000 // few, d)
-            for ours in ("ours_frechet_from_statistics", "ours_frechet_cached"):
-                compare(rows, ours[5:], files, ours, [("pytorch_fid_from_statistics", me)], {}, rounds)
-        for n, w in ((20000 // few, 64), (5000 // few, d)):
-            if "prdc" in only:
-                files = make_features(folder, n, w)
-                compare(rows, f"PRDC {n}x{w}", files, "ours_prdc", extra("prdc"), dict(k=5, ties=False), rounds)
-                compare(rows, f"PRDC {n}x{w}, ties in", files, "ours_prdc", extra("torch_fidelity_prc"), dict(k=5), rounds)
+        for nominal in (1000, 5000, 10000) if "frechet" in only else ():
+            n, files = nominal // few, make_features(folder, nominal // few, d)
+            compare(
+                rows, f"frechet-{nominal}", f"Fréchet {n}x{d}", files, "ours_frechet", [("pytorch_fid", me), *extra("torch_fidelity_fid")], {}, rounds
+            )
+            for ours, words in (("ours_frechet_from_statistics", "from statistics"), ("ours_frechet_cached", "factor cached")):
+                if nominal > 1000:  # fewer samples than dimensions: there are no statistics to speak of
+                    title = f"Fréchet {n}x{d}, {words}"
+                    compare(rows, f"{ours[5:]}-{nominal}", title, files, ours, [("pytorch_fid_from_statistics", me)], {}, rounds)
+        for nominal, w in ((20000, 64), (5000, d), (20000, d)) if "prdc" in only else ():
+            n, files, turns = nominal // few, make_features(folder, nominal // few, w), 1 if nominal * w > 2e7 else rounds
+            key = f"{nominal}-{'wide' if w == d else w}"
+            compare(rows, f"prdc-{key}", f"PRDC {n}x{w}", files, "ours_prdc", extra("prdc"), dict(k=5, ties=False), turns)
+            compare(rows, f"prc-{key}", f"PRDC {n}x{w}, ties in", files, "ours_prdc", extra("torch_fidelity_prc"), dict(k=5), turns)
         if "kid" in only:
             files = make_features(folder, 5000 // few, d)
-            compare(rows, f"KID {5000 // few}x{d}, 10 of 1000", files, "ours_kid_subsets", extra("torch_fidelity_kid"), {}, rounds)
+            size = dict(subsets=10, size=1000 // few)
+            compare(rows, "kid", f"KID {5000 // few}x{d}, 10 of {size['size']}", files, "ours_kid_subsets", extra("torch_fidelity_kid"), size, rounds)
         if "features" in only:
             files, settings = make_inception(folder, 100 // few)
-            compare(rows, f"Inception, {100 // few} images", files, "ours_features", [("pytorch_fid_features", me)], settings, rounds)
+            compare(rows, "features", f"Inception, {100 // few} images", files, "ours_features", [("pytorch_fid_features", me)], settings, rounds)
     return rows
 
 
@@ -267,8 +294,10 @@ if __name__ == "__main__":
     ask.add_argument("--rounds", type=int, default=2, help="turns; the fastest of each counts")
     ask.add_argument("--out", default="", help="JSON file for the table")
     asked = ask.parse_args()
+    before, start = machine(asked.peers), time.time()
     table = main(asked.peers, asked.quick, asked.only, asked.rounds)
+    print(f"{time.time() - start:.0f} s")
     if asked.out:
         from synthlit.core import save_json
 
-        save_json(asked.out, dict(machine=dict(cores=os.cpu_count(), python=platform.python_version(), numpy=np.__version__), rows=table))
+        save_json(asked.out, dict(machine=before, quick=asked.quick, rounds=asked.rounds, seconds=round(time.time() - start), rows=table))

@@ -14,11 +14,27 @@ import torch
 import yaml
 from PIL import Image
 
-from synthlit.core import SettingError, digest, load_json, load_tensors, notebooks_dir, read_manifest, resolve, small_stage, stage_parts
+from synthlit.compare import COMPARED, compare_runs, compared, difference
+from synthlit.core import (
+    SettingError,
+    digest,
+    load_json,
+    load_tensors,
+    notebooks_dir,
+    read_manifest,
+    resolve,
+    save_json,
+    save_tensors,
+    small_stage,
+    stage_parts,
+)
 from synthlit.generator import load_generator
 from synthlit.pipeline import main, parameters_of, plan, read_params, resolved
+from synthlit.report import headline_row
 from synthlit.splits import load_split, open_test, openings
+from synthlit.utility import load_predictions
 
+OUTSIDE = r"""(?:src|srcset|href|action|data)\s*=\s*["']?\s*(?:https?:)?//[^\s"'>]*"""
 PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 
 
@@ -220,11 +236,67 @@ def test_report_again(tiny_copy, capsys):
     assert len((tiny_copy / "report.html").read_text()) > 10_000 and "report.html" in capsys.readouterr().out
 
 
+def scored_otherwise(run: Path, **said):
+    """Change what a copied run's evaluation says of its test split, or (`flip`) which of the headline's predictions are right."""
+    flip, folder = said.pop("flip", 0), run / "evaluate"
+    save_json(folder / "result.json", load_json(folder / "result.json") | said)
+    tensors, meta = load_tensors(folder / "predictions.safetensors")
+    row = [k for k, _ in meta["rows"]].index(headline_row(load_json(folder / "result.json")["table"])["row"])
+    tensors[f"row{row}"][:, :flip] = (tensors["labels"][:flip] + 1).to(torch.uint8) % 10
+    save_tensors(folder / "predictions.safetensors", tensors, meta | ({"digest": said["test_digest"]} if said else {}))
+
+
+def test_compare(tiny_run, tiny_copy, tmp_path, capsys):
+    """One page of two runs: the same classes of both, the paired difference, what differs, cost; whole, and without a network."""
+    scored_otherwise(tiny_copy, flip=150)
+    copied = tiny_copy.rename(tmp_path / "other")
+    assert main(["compare", str(tiny_run.run), str(copied), "--out", str(tmp_path / "c.html"), "--samples", "3"]) == 0
+    text = (tmp_path / "c.html").read_text()
+    assert str(tmp_path / "c.html") in capsys.readouterr().out and not re.search(OUTSIDE + "|could not be drawn", text)
+    assert all(f'id="{k}"' in text for k in COMPARED) and text.count("<img") == 3  # real images, and each run's
+    a, b = compared([tiny_run.run, copied])
+    of = {c.name: load_predictions(c.view.run / "evaluate" / "predictions.safetensors")[0] for c in (a, b)}
+    want = of["other"][b.rows["best"]["row"]][1].mean() - of["tiny"][a.rows["best"]["row"]][1].mean()
+    d = difference(a, b)
+    assert d["mean"] == pytest.approx(want) and want < -0.05 and d["low"] < want < d["high"] < 0 and d["over"] == "images"
+    assert difference(a, b, "real")["mean"] == 0 and "tiny is ahead: of other" in text and "Nothing: data, settings" in text
+
+
+def test_compare_refuses_other_test_images(tiny_run, tiny_copy, tmp_path):
+    """Accuracies on different test images are not subtracted, and the page says why; nor where the predictions kept are not those of the scores."""
+    other = shutil.copytree(tiny_copy, tmp_path / "other")
+    scored_otherwise(other, test_digest="f" * 64)
+    a, b = compared([tiny_run.run, other])
+    text = compare_runs([tiny_run.run, other])
+    assert difference(a, b).keys() == {"why"} and "other test images" in difference(a, b)["why"]
+    assert "cannot be paired" in text and "points ahead of tiny" in text and "No run can be set against tiny" in text
+    save_json(other / "evaluate" / "result.json", load_json(other / "evaluate" / "result.json") | dict(test_digest=a.of))
+    assert "other images than the scores" in difference(*compared([tiny_run.run, other]))["why"]
+
+
+def test_compare_takes_runs_as_they_are(tiny_run, tiny_copy, tmp_path):
+    """Unfinished runs, other classes, damaged files: the rest of the page is there."""
+    shutil.rmtree(tiny_copy / "evaluate")
+    (tiny_copy / "multigen" / "mixture.parquet").write_bytes(b"torn")
+    raw = (tiny_copy / "gan-seed0" / "manifest.json").read_text()
+    (tiny_copy / "gan-seed0" / "manifest.json").write_text(raw.replace("seconds", "secends"))
+    text = compare_runs([tiny_run.run, tiny_copy.rename(tmp_path / "half")])
+    assert "half has no evaluation yet" in text and "gan-seed0: " in text and "checksum" in text and "mixture.parquet cannot be read" in text
+    assert "stage evaluate" in text and text.count("could not be drawn") == 1  # the torn mixture's pictures
+
+
+@pytest.mark.parametrize("runs, words", [(["{run}"], "at least two"), (["{run}", "{run}"], "said twice"), (["{run}", "nowhere"], "no run 'nowhere'")])
+def test_compare_refuses(tiny_run, tmp_path, monkeypatch, capsys, runs, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *[r.format(run=tiny_run.run) for r in runs]]) == 1
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_report_needs_no_network(tiny_run):
     """Nothing that a browser would fetch when it opens the page."""
     html = (tiny_run.run / "report" / "report.html").read_text()
     assert "could not be drawn" not in html and "Not in this run: few-shot classification" not in html
-    assert not re.findall(r"""(?:src|srcset|href|action|data)\s*=\s*["']?\s*(?:https?:)?//[^\s"'>]*""", html, re.I)
+    assert not re.findall(OUTSIDE, html, re.I)
     assert not re.findall(r"url\(\s*[\"']?(?!data:|#)[^)]*", html, re.I) and "@import" not in html
     assert not re.findall(r"<(?:script|link|iframe)[^>]*\b(?:src|href)\b", html, re.I)
     assert len(re.findall(r"data:image/\w+;base64,", html)) >= 3

@@ -248,6 +248,16 @@ def test_the_slack_holds():
         assert np.allclose(squared_radii(near, 0, 3), np.sort(((x[:, None].astype(float) - x[None]) ** 2).sum(-1), 1)[:, 3], rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["cloud", "copies", "one point"])
+def test_radii_from_several_tiles(kind):
+    """Half of the tiles, each read both ways, and candidates that are measured in between because there are so many."""
+    x = cloud(1300, 8, 1).astype(np.float32)
+    x = x[rng(0, "test.copies").integers(0, 40, 1300)] if kind == "copies" else x[[0] * 1300] if kind == "one point" else x
+    want = np.sort(((x[:, None].astype(float) - x[None]) ** 2).sum(-1), 1)[:, 5]
+    for block in (0, 16, 100):
+        assert np.allclose(squared_radii(Near(x, x, block=block), 0, 5), want, rtol=1e-12)
+
+
 # ---- intervals
 
 

@@ -411,10 +411,10 @@ def gan_step(
         l = look(s, batches, step)
         fake = fakes(s, l) if s.cfg.shares else None
         of_g = lambda: g_update(s, l if s.cfg.shares else look(s, batches, step, s.cfg.d_steps), fake)
-        if s.cfg.g_first: loss_g = of_g()
+        loss_g = of_g() if s.cfg.g_first else None
         loss_d = d_update(s, l, None if fake is None else fake.detach())
         for k in range(1, s.cfg.d_steps): loss_d = d_update(s, look(s, batches, step, k))
-        if not s.cfg.g_first: loss_g = of_g()
+        if loss_g is None: loss_g = of_g()
     s.average(step)
     return loss_d, loss_g
 
