@@ -366,6 +366,7 @@ STAGES = dict(
     classifier=StageSpec('02_classifier', 'classifier', 'classifier', ('splits',)),
     gan=StageSpec('03b_gan_training', 'gan.train', 'generator', ('splits', 'classifier')),
     fewshot=StageSpec('04a_fewshot', 'fewshot', 'generator', ('splits', 'classifier', 'generator')),
+    text2image=StageSpec('03d_pipelines', 'pipelines', 'generator', ('splits',), ('pipeline',)),
     imported=StageSpec('05d_imported', 'imported', 'generator', ('splits',)),
     generate=StageSpec('05b_generate', 'generate', 'set', ('splits', 'generator')),
     filter=StageSpec('06_filter', 'filter', 'accepted', ('splits', 'classifier', 'generator')),
