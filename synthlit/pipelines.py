@@ -419,7 +419,7 @@ def by_digest(
     for p in path.parent.glob(f'{path.stem}.part-*{path.suffix}'): p.unlink()
     return mine
 
-# %% ../nbs/03d_pipelines.ipynb #473d61d0
+# %% ../nbs/03d_pipelines.ipynb #315e7a54
 def load_captioner(source: str, device='cpu', precision: str = 'fp32') -> tuple:  # (block of images -> texts, what makes them)
     "An image-to-text model of `transformers` by hub id or folder."
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -469,7 +469,7 @@ def key_of(cell, shape) -> str:
     "The digest of an image as the splits hold it; a digest stays itself."
     if isinstance(cell, str): return cell
     a = fit_image(decode(cell), shape[1]) if shape[1] == shape[2] else decode(cell)
-    return digest(np.repeat(a, 3, 0) if len(a) < shape[0] else a[:shape[0]])
+    return digest(torch.from_numpy(np.ascontiguousarray(np.repeat(a, 3, 0) if len(a) < shape[0] else a[:shape[0]])))
 
 def load_captions(path, column: str, shape) -> dict:  # digest -> text
     "Captions from a file or a folder."
