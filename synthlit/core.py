@@ -365,6 +365,7 @@ STAGES = dict(
     splits=StageSpec('01_splits', 'splits', 'splits'),
     classifier=StageSpec('02_classifier', 'classifier', 'classifier', ('splits',)),
     gan=StageSpec('03b_gan_training', 'gan.train', 'generator', ('splits', 'classifier')),
+    tiny=StageSpec('03c1_tiny', 'tiny', 'pipeline', ('splits',)),
     fewshot=StageSpec('04a_fewshot', 'fewshot', 'generator', ('splits', 'classifier', 'generator')),
     text2image=StageSpec('03d_pipelines', 'pipelines', 'generator', ('splits',), ('pipeline',)),
     imported=StageSpec('05d_imported', 'imported', 'generator', ('splits',)),
