@@ -32,7 +32,7 @@ from synthlit.pipelines import (
 from .gan.train import finish_first, share_gradients
 from .gan.watch import animate, save_picture, tiles
 
-# %% ../nbs/04b_lora.ipynb #d0319e39
+# %% ../nbs/04b_lora.ipynb #0a59802d
 QKVO = ('to_q', 'to_k', 'to_v', 'to_out.0')  # the four projections of an attention layer, as diffusers names them
 
 @dataclass
@@ -92,14 +92,17 @@ class LoraConfig:
                                       'name the image tower that belongs to its text encoder (Stable Diffusion 1: openai/clip-vit-large-patch14)')
 
 LORA_PRESETS = dict(
-    tiny=dict(rank=4, steps=60, batch=16, lr=5e-3, eval_every=30, n_val=64, shown=2),
-    small=dict(rank=8, steps=2000, batch=32, lr=1e-3, flip=True, schedule='cosine', warmup=50, eval_every=250),
+    tiny=dict(rank=4, steps=40, batch=16, lr=5e-3, eval_every=20, n_val=64, shown=2),
+    digits=dict(rank=8, steps=500, batch=32, lr=2e-3, schedule='cosine', eval_every=100),
+    fashion_mnist=dict(rank=8, steps=1000, batch=32, lr=1e-3, schedule='cosine', warmup=50, eval_every=250),
+    mnist=dict(rank=8, steps=1000, batch=32, lr=1e-3, schedule='cosine', warmup=50, eval_every=250),
+    cifar10=dict(rank=8, steps=1000, batch=32, lr=1e-3, schedule='cosine', warmup=50, flip=True, eval_every=250),
     published=dict(
         rank=4, token=True, dm=0.003, dm_form='published', steps=None, epochs=100, batch=8, flip=True, precision='bf16', eval_every=1000, save_every=500, seed=42),
     smoke=dict(steps=2, batch=4, eval_every=2, n_val=4, shown=1, pack=1),
 )
 
-# %% ../nbs/04b_lora.ipynb #c6c2071d
+# %% ../nbs/04b_lora.ipynb #a23fa8c5
 def check_target(target: str, layers: list):
     "`SettingError` if no layer of the U-Net ends in this name; `layers`: the names of its linear layers and convolutions."
     if not any(f'.{n}'.endswith(f'.{target}') for n in layers):
@@ -120,6 +123,7 @@ def new_lora(
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig as PeftConfig
     names = layers_of(unet)
+    if any('.lora_' in n for n in names): raise SettingError('this U-Net has a LoRA already: load the pipeline anew')
     for t in targets: check_target(t, names)
     unet.requires_grad_(False)
     with global_rng(seed, 'lora.init'):
