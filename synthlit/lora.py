@@ -32,7 +32,7 @@ from synthlit.pipelines import (
 from .gan.train import finish_first, share_gradients
 from .gan.watch import animate, save_picture, tiles
 
-# %% ../nbs/04b_lora.ipynb #0a59802d
+# %% ../nbs/04b_lora.ipynb #b812d5b8
 QKVO = ('to_q', 'to_k', 'to_v', 'to_out.0')  # the four projections of an attention layer, as diffusers names them
 
 @dataclass
@@ -66,7 +66,7 @@ class LoraConfig:
     cache_gb: Annotated[float, (0, None)] = 4.0  # memory for latents and text embeddings, which never change; 0 = computed anew each time
     eval_every: Annotated[int, (1, None)] = 500  # updates between looks at val and pictures
     n_val: Annotated[int, (1, None)] = 256  # images of val whose denoising loss is watched
-    prompts: list[str] | None = None  # prompts of the pictures; None = those of the first classes
+    prompts: str = ''  # prompts of the pictures, separated by |, one for each of the first classes; '' = the generator's own
     shown: Annotated[int, (1, None)] = 4  # pictures of each prompt
     save_every: Annotated[int, (1, None)] = 500  # updates between checkpoints
     checkpoints: Annotated[int, (1, None)] = 2  # how many of them are kept
@@ -76,6 +76,9 @@ class LoraConfig:
     image_encoder: str = ''  # that makes the tokens, and sees images for mmd: hub id or folder; '' = the pipeline's own
     init: str = ''  # LoRA weights to go on from: a file or folder; '' = new ones
     seed: Annotated[int, (0, None)] = 0  # of order, noise and timesteps
+    def asked(self) -> list:
+        "The prompts of the pictures, where there are any of their own."
+        return [p.strip() for p in self.prompts.split('|') if p.strip()]
     def total(self, n: int) -> int:
         "Updates of the whole training on n images."
         return self.steps if self.steps is not None else self.epochs*max(1, n//(self.batch*self.accumulate))
@@ -86,7 +89,7 @@ class LoraConfig:
         if self.batch % self.pack: raise no('batch', f'must be a multiple of lora.pack = {self.pack}')
         if self.dm and self.dm_form == 'mmd' and self.pack < 2: raise no('pack', 'dm_form = mmd compares images of one class: at least 2 of them must meet')
         if self.dm and self.dm_form == 'unbiased' and self.batch*self.accumulate < 2: raise no('batch', 'dm_form = unbiased compares pairs: at least 2 images')
-        if self.prompts and len(self.prompts) > facts.get('trained', math.inf): raise no('prompts', f'one for each class at most, and there are {facts["trained"]}')
+        if len(self.asked()) > facts.get('trained', math.inf): raise no('prompts', f'one for each class at most, and there are {facts["trained"]}')
         if not self.image_encoder and facts.get('image_encoder') is False and (self.token or self.dm and self.dm_form == 'mmd'):
             raise no('image_encoder', f'{"token = true" if self.token else "dm_form = mmd"} needs one, and the pipeline has none of its own: '
                                       'name the image tower that belongs to its text encoder (Stable Diffusion 1: openai/clip-vit-large-patch14)')
@@ -98,8 +101,8 @@ LORA_PRESETS = dict(
     mnist=dict(rank=8, steps=1000, batch=32, lr=1e-3, schedule='cosine', warmup=50, eval_every=250),
     cifar10=dict(rank=8, steps=1000, batch=32, lr=1e-3, schedule='cosine', warmup=50, flip=True, eval_every=250),
     published=dict(
-        rank=4, token=True, dm=0.003, dm_form='published', steps=None, epochs=100, batch=8, flip=True, precision='bf16', eval_every=1000, save_every=500, seed=42),
-    smoke=dict(steps=2, batch=4, eval_every=2, n_val=4, shown=1, pack=1),
+        rank=4, token=True, image_encoder='openai/clip-vit-large-patch14', dm=0.003, dm_form='published', steps=None, epochs=100, batch=8, flip=True, precision='bf16', eval_every=1000, save_every=500, seed=42),
+    smoke=dict(steps=2, epochs=None, batch=4, pack=2, eval_every=2, n_val=4, shown=1, precision='fp32', size=None, captions='', image_encoder='', init=''),
 )
 
 # %% ../nbs/04b_lora.ipynb #a23fa8c5
@@ -411,7 +414,7 @@ def lora_step(s: LoraState, feed: Feed, step: int, total: int) -> dict:
     s.opt.step()
     return dict(loss=den, dm=dm)
 
-# %% ../nbs/04b_lora.ipynb #85f8390e
+# %% ../nbs/04b_lora.ipynb #92878c0f
 @torch.no_grad()
 def judge(s: LoraState, feed: Feed, n: int, block: int = 16) -> dict:
     "Denoising loss on images that it does not train on, and what their residuals have in common; the same weights have the same ones."
@@ -429,8 +432,8 @@ def judge(s: LoraState, feed: Feed, n: int, block: int = 16) -> dict:
 
 def pictures(g, cfg: LoraConfig) -> torch.Tensor:
     "C×h×w: a column for each of the first classes, `shown` rows of candidates 0, 1, ...; with other prompts where the settings say so."
-    labels = g.trained[:len(cfg.prompts) if cfg.prompts else 10]
-    if cfg.prompts: g.prompts = g.prompts | {c: [p] for c, p in zip(labels, cfg.prompts)}
+    labels = g.trained[:len(cfg.asked()) or 10]
+    g.prompts = g.prompts | {c: [p] for c, p in zip(labels, cfg.asked())}
     y = torch.tensor(labels).repeat(cfg.shown)
     return tiles(g.sample(y, torch.arange(cfg.shown).repeat_interleave(len(labels)), seed=cfg.seed), len(labels))
 
