@@ -134,7 +134,7 @@ def test_dm_term_is_its_definition():
 
 @pytest.mark.parametrize("n", [2, 8, 24])
 def test_dm_term_zero_and_b_squared(n):
-    r = randn((n // 2, 64), 0, "r")
+    r = (8 * randn((n // 2, 64), 0, "r")).round() / 8  # so that sums are exact
     assert dm_term(torch.cat([r, -r]), "published") == dm_term(torch.cat([r, -r]), "mean") == 0
     one = r[:1].square().mean()
     assert torch.allclose(dm_term(r[:1].expand(n, -1), "published"), n**2 * one)
@@ -451,8 +451,7 @@ def test_kept_or_computed_it_is_the_same(run, parts, room):
     )
 
 
-def test_memory_limit_and_crops():
-    vae = SimpleNamespace()
+def test_crops():
     x = torch.arange(64).view(1, 1, 8, 8).byte()
     at = lambda a, mirror=False: ((cropped(x, 4, torch.tensor([[a, a]]), torch.tensor([mirror])) + 1) * 127.5).round().byte()
     assert (
@@ -460,7 +459,7 @@ def test_memory_limit_and_crops():
         and torch.equal(at(0.999)[0, 0], x[0, 0, 4:, 4:])
         and torch.equal(at(0.5)[0, 0], x[0, 0, 2:6, 2:6])
     )
-    assert torch.equal(at(0.0, True)[0, 0], x[0, 0, :4, :4].flip(1)) and at(0.0).shape == (1, 3, 4, 4) and vae
+    assert torch.equal(at(0.0, True)[0, 0], x[0, 0, :4, :4].flip(1)) and at(0.0).shape == (1, 3, 4, 4)
 
 
 def test_orders():
