@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXT2IMAGE_PRESETS', 'TEMPLATES', 'SCHEDULERS', 'PIPELINES', 'PARTS', 'CONVERT', 'SINGLE', 'HUB', 'DTYPES', 'Drawing',
-           'Text2imageConfig', 'check_template', 'check_drawing', 'check_strength', 'scheduler_named', 'parts_of',
-           'check_folder', 'check_part', 'hub_error', 'find_folder', 'fetch_pipeline', 'fetch_model', 'known_digest',
-           'weights_digest', 'licence_of', 'pipeline_facts', 'drawn_size', 'quiet', 'dtype_of', 'load_pipeline',
+           'Text2imageConfig', 'check_template', 'check_drawing', 'check_strength', 'scheduler_named', 'quiet',
+           'parts_of', 'check_folder', 'check_part', 'hub_error', 'find_folder', 'fetch_pipeline', 'fetch_model',
+           'known_digest', 'weights_digest', 'licence_of', 'pipeline_facts', 'drawn_size', 'dtype_of', 'load_pipeline',
            'encode', 'cut_off', 'with_token', 'encode_prompts', 'conditions', 'fill', 'spoken', 'class_prompts',
            'image_digests', 'write_texts', 'read_texts', 'write_vectors', 'read_vectors', 'full_blocks', 'known_values',
            'by_digest', 'load_captioner', 'check_model', 'pictures', 'caption_rows', 'parquet_captions', 'key_of',
@@ -145,7 +145,21 @@ def scheduler_named(name: str, config):
     kind, more = SCHEDULERS[name]
     return getattr(diffusers, kind).from_config(config, **more)
 
-# %% ../nbs/03d_pipelines.ipynb #e9fc5ac9
+# %% ../nbs/03d_pipelines.ipynb #22debf8c
+@contextlib.contextmanager
+def quiet():
+    "No progress bars and no advice from the libraries in the block."
+    import diffusers, transformers
+    logs = diffusers.utils.logging, transformers.utils.logging
+    was = [(x.get_verbosity(), x.is_progress_bar_enabled()) for x in logs]
+    for x in logs: x.set_verbosity_error(), x.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)
+            yield
+    finally:
+        for x, (level, bar) in zip(logs, was): x.set_verbosity(level), bar and x.enable_progress_bar()
+
 PIPELINES = {f'{k}{v}Pipeline': (f'{k}Pipeline', f'{k}Img2ImgPipeline') for k in ('StableDiffusion', 'StableDiffusionXL') for v in ('', 'Img2Img')}
 PARTS = dict(unet='config.json', vae='config.json', text_encoder='config.json', tokenizer='tokenizer_config.json', scheduler='scheduler_config.json')
 CONVERT = ('convert it, where you trust its author: python -c "from diffusers import DiffusionPipeline as P; '
@@ -244,7 +258,7 @@ def pipeline_facts(source: str, revision: str = '') -> dict:
     return dict(name=source if commit else folder.name, at='' if commit else str(folder), revision=commit, kind=kind, licence=licence_of(folder),
                 weights=weights_digest(folder, parts_of(kind)), factor=factor, size=factor*(size if isinstance(size, int) else size[0]))
 
-# %% ../nbs/03d_pipelines.ipynb #d9bc7352
+# %% ../nbs/03d_pipelines.ipynb #6dbea0c5
 def drawn_size(size: int | None, facts: dict) -> int:  # pixels
     "The side that a pipeline draws; `SettingError` if the VAE's factor does not divide it."
     f, n = facts['factor'], size or facts['size']
@@ -252,20 +266,6 @@ def drawn_size(size: int | None, facts: dict) -> int:  # pixels
         raise SettingError(f'size = {n}: {facts["name"]} draws multiples of {f} pixels (its VAE divides by {f}); '
                            f'the nearest are {n//f*f or f} and {n//f*f + f}')
     return n
-
-@contextlib.contextmanager
-def quiet():
-    "No progress bars and no advice from the libraries in the block."
-    import diffusers, transformers
-    logs = diffusers.utils.logging, transformers.utils.logging
-    was = [(x.get_verbosity(), x.is_progress_bar_enabled()) for x in logs]
-    for x in logs: x.set_verbosity_error(), x.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', FutureWarning)
-            yield
-    finally:
-        for x, (level, bar) in zip(logs, was): x.set_verbosity(level), bar and x.enable_progress_bar()
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -760,13 +760,13 @@ def index_ranges(
     if version is None and parts == 1: return None
     return {c: (n*(version or 0) + n*part//parts, n*(version or 0) + n*(part + 1)//parts) for c, n in enumerate(counts)}
 
-# %% ../nbs/03d_pipelines.ipynb #e330bb4b
+# %% ../nbs/03d_pipelines.ipynb #f32afc8b
 def find_pipeline(stage: Stage) -> str:
     "Folder or hub id of the pipeline that the settings ask for."
     if stage.cfg.model == 'random':
         print('model = random: an untrained pipeline, whose pictures are noise; it only tries the chain')
         words = [*stage_words(stage.cfg), *load_split(stage.input('splits'), 'val').classes]
-        return str(random_pipeline(stage.dir/'pipeline', words, stage.cfg.size or 16))
+        with quiet(): return str(random_pipeline(stage.dir/'pipeline', words, stage.cfg.size or 16))
     if stage.cfg.model: return stage.cfg.model
     if 'pipeline' in stage.inputs: return str(stage.input('pipeline')/'pipeline')
     raise SettingError('text2image.model is empty and the run makes no pipeline: name a hub id or a folder, or add the stage tiny')
