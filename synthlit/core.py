@@ -365,7 +365,10 @@ STAGES = dict(
     splits=StageSpec('01_splits', 'splits', 'splits'),
     classifier=StageSpec('02_classifier', 'classifier', 'classifier', ('splits',)),
     gan=StageSpec('03b_gan_training', 'gan.train', 'generator', ('splits', 'classifier')),
+    tiny=StageSpec('03c1_tiny', 'tiny', 'pipeline', ('splits',)),
     fewshot=StageSpec('04a_fewshot', 'fewshot', 'generator', ('splits', 'classifier', 'generator')),
+    text2image=StageSpec('03d_pipelines', 'pipelines', 'generator', ('splits',), ('pipeline',)),
+    lora=StageSpec('04b_lora', 'lora', 'generator', ('splits', 'generator')),
     imported=StageSpec('05d_imported', 'imported', 'generator', ('splits',)),
     generate=StageSpec('05b_generate', 'generate', 'set', ('splits', 'generator')),
     filter=StageSpec('06_filter', 'filter', 'accepted', ('splits', 'classifier', 'generator')),
@@ -680,7 +683,7 @@ def small_inputs(run: Path, stage: str, many: bool = False, few: bool = False):
     for kind in spec.reads + (tuple(k for k in spec.may_read if k != 'fewscores') if spec.joins else ()):  # those need a classifier of their own
         if any(STAGES[load_json(m)['stage']].makes == kind for m in run.glob('*/manifest.json')): continue
         up = next(s for s, other in STAGES.items() if other.makes == kind and s != stage)
-        if stage == 'fewclassify' and kind == 'generator': up = 'fewshot'
+        if kind == 'generator': up = dict(fewclassify='fewshot', lora='text2image').get(stage, up)
         small_inputs(run, up, many, few)
         gens = sorted(m.parent.name for m in run.glob('gan*/manifest.json'))
         if kind == 'generator' and many: [small_stage(run, up, f'{up}-seed{i}', seed=i) for i in range(2)]

@@ -66,6 +66,7 @@ class Generator:
     trained: list  # labels it can make
     synthetic = True  # are its images made by a model? Those of a set made elsewhere may be real
     licence = ''  # of its images, where it is known
+    folder = ''  # where it was read from
     def sample(self, labels, index, *, seed: int = 0, **dials) -> torch.Tensor:
         "uint8 N×C×H×W images of candidates `index` of classes `labels`."
         raise TypeError(f'{type(self).__name__} gives no sample()')
@@ -106,7 +107,7 @@ def load_generator(folder, device='cpu') -> Generator:
     if not module.startswith('synthlit.'): raise DamagedFile(f'{path} asks for {meta["family"]}, which is not of synthlit')
     with global_rng(0, 'overwritten'):  # new layers draw weights from the global state, which another thread may be using
         g = getattr(importlib.import_module(module), cls).from_state(tensors, meta, device)
-    g.classes, g.shape, g.trained = meta['classes'], tuple(meta['shape']), meta['trained']
+    g.classes, g.shape, g.trained, g.folder = meta['classes'], tuple(meta['shape']), meta['trained'], str(folder)
     return g
 
 # %% ../nbs/00c_generator.ipynb #aea35c29

@@ -37,6 +37,7 @@ from synthlit.stream import stream
 
 TOP = Path(__file__).resolve().parent.parent
 QUICK = dict(network="small", width=4, batch=32, epochs=2, shift=1)
+SMALL = dict(realfake=dict(network="small", warmup=0.5, precision="fp32"))  # where a recipe's own network is too large for a test
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +147,50 @@ def test_multistep_is_torchs():
         opt.step(), schedule.step()
 
 
-@pytest.mark.parametrize("recipe", ["fast", "gafi", "fewshot"])
+def test_realfake_is_timms():
+    """The published recipe is timm's training script: its schedule, its optimiser and what it does not decay, beside timm itself."""
+    pytest.importorskip("timm")
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+
+    r = resolve(ClassifierConfig, CLASSIFIER_PRESETS["realfake"], dict(network="small"))
+    net = build_net("small", 3, 10, 4)
+    theirs = create_optimizer_v2(net, "sgd", r.lr, r.weight_decay, r.momentum)
+    ours, names = new_optimizer(net, r), {id(p): n for n, p in net.named_parameters()}
+    decays = lambda opt: {names[id(p)]: g["weight_decay"] for g in opt.param_groups for p in g["params"]}
+    assert decays(ours) == decays(theirs) and len(set(decays(ours).values())) == 2
+    assert all(g["nesterov"] and g["momentum"] == 0.9 for g in ours.param_groups + theirs.param_groups)
+    course = dict(num_epochs=200, decay_milestones=[50, 100, 150], decay_rate=0.2, warmup_epochs=5, warmup_lr=1e-5)
+    schedule, _ = create_scheduler_v2(theirs, "multistep", **course)  # its other defaults are those of the training script
+    for epoch in range(r.epochs):
+        schedule.step(epoch)
+        assert learning_rate(epoch * 10, r.epochs * 10, r) == pytest.approx(theirs.param_groups[0]["lr"])
+
+
+def test_realfake_has_the_published_values():
+    r = resolve(ClassifierConfig, CLASSIFIER_PRESETS["realfake"])
+    published = dict(network="timm:resnet50", optimizer="sgd", momentum=0.9, weight_decay=5e-4, schedule="multistep", gamma=0.2, lr=0.1, epochs=200)
+    published |= dict(batch=512, smoothing=0.1, warmup=5.0, flip=True, crop_area=0.08, jitter=0.4, mixup=0.0, cutmix=0.0, keep="last")
+    assert {k: getattr(r, k) for k in published} == published
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sgdw", "adam", "adamw"])
+def test_biases_and_norms_do_not_decay(optimizer):
+    """Without gradients only decay moves, and with `decays: weights` it moves nothing of one dimension."""
+    r = ClassifierConfig(optimizer=optimizer, weight_decay=0.1, decays="weights")
+    net = build_net("small", 1, 10, 4)
+    for p in net.parameters():
+        p.data.add_(0.5)
+        p.grad = torch.zeros_like(p)
+    before = [p.detach().clone() for p in net.parameters()]
+    update(new_optimizer(net, r), net, r, 0.1)
+    assert [torch.equal(a, b) for a, b in zip(before, net.parameters())] == [p.ndim == 1 for p in net.parameters()]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "gafi", "fewshot", "realfake"])
 def test_recipes_train_and_resume(recipe, digits):
     """Each recipe at a small width: killed in the middle of an epoch, the weights are those of an undisturbed training."""
-    r = resolve(ClassifierConfig, CLASSIFIER_PRESETS[recipe], dict(width=4, epochs=2, batch=64))
+    r = resolve(ClassifierConfig, CLASSIFIER_PRESETS[recipe], dict(width=4, epochs=2, batch=64), SMALL.get(recipe, {}))
     train, val = digits["train"], digits["val"]
     args = (Fixed(train.images[:400], train.labels[:400]), r, train.classes, 12, val)
     whole = train_classifier(*args)
