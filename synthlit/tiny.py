@@ -26,16 +26,16 @@ from .classifier import laid_out, to_device
 from .gan.watch import animate, save_picture
 from .gan.train import Shuffled, finish_first
 
-# %% ../nbs/03c1_tiny.ipynb #07e4e8b1
+# %% ../nbs/03c1_tiny.ipynb #c7529bbb
 TEMPLATES = ['a photo of a {}', 'photo of {}', 'a picture of a {}', 'an image of a {}', 'a small photo of the {}', '{}, photo', '{}']
 
 @dataclass
 class TinyConfig:
     "Everything that may be set about the tiny pipeline and its training."
     size: Annotated[int, (8, 128)] = 32  # side of its images in pixels; the splits' images are brought to it, grey ones become RGB
-    held_out: list[str] | None = None  # names of classes whose images and captions it never sees
+    held_out: str = ''  # names of classes whose images and captions it never sees, separated by commas
     templates: list[str] = field(default_factory=lambda: list(TEMPLATES))  # captions; {} stands for the name of the class
-    words: list[str] | None = None  # further words that get a token of their own, such as names of the classes of a data set to come
+    words: str = ''  # further words that get a token of their own, such as names of the classes of a data set to come
     context: Annotated[int, (4, 77)] = 24  # tokens of a prompt, begin and end included
     text_width: Annotated[int, (8, None)] = 64  # of a text token; the image tower's projection has the same
     text_layers: Annotated[int, (1, None)] = 2  # of the text tower
@@ -190,7 +190,7 @@ def random_pipeline(
     assemble(tokenizer, *parts, make_scheduler(), size).save_pretrained(folder)
     return Path(folder)
 
-# %% ../nbs/03c1_tiny.ipynb #e2c97295
+# %% ../nbs/03c1_tiny.ipynb #265221de
 @dataclass
 class Captioned:
     "Images with the names of their classes, as the pipeline takes them."
@@ -205,13 +205,13 @@ def captioned(s: Split, size: int, without: list) -> Captioned:
     x = s.images if s.images.shape[-2:] == (size, size) else torch.from_numpy(np.stack([fit_image(i, size) for i in s.images.numpy()]))
     return Captioned(x.expand(-1, 3, -1, -1).contiguous(), s.labels, [str(c) for c in s.classes])
 
-def numbers_of(names, classes: list) -> list:
-    "Numbers of the classes with these names."
-    classes = [str(c) for c in classes]
-    for n in names or []:
+def numbers_of(names: str, classes: list) -> list:
+    "Numbers of the classes that are named, separated by commas."
+    classes, names = [str(c) for c in classes], {n.strip() for n in names.split(',') if n.strip()}
+    for n in sorted(names):
         if n not in classes: raise SettingError(f'tiny.held_out: there is no class {n!r}; {nearest(n, classes)}')
-    if names and len(set(names)) >= len(classes) - 1: raise SettingError(f'tiny.held_out: {len(set(names))} of {len(classes)} classes; at least two must stay')
-    return sorted(classes.index(n) for n in set(names or []))
+    if names and len(names) >= len(classes) - 1: raise SettingError(f'tiny.held_out: {len(names)} of {len(classes)} classes; at least two must stay')
+    return sorted(classes.index(n) for n in names)
 
 @torch.no_grad()
 def encode_text(tokenizer, text_encoder, texts: list):
@@ -219,12 +219,12 @@ def encode_text(tokenizer, text_encoder, texts: list):
     ids = tokenizer(list(texts), padding='max_length', truncation=True, max_length=tokenizer.model_max_length, return_tensors='pt')['input_ids']
     return text_encoder(ids.to(text_encoder.device))
 
-# %% ../nbs/03c1_tiny.ipynb #89afea1b
+# %% ../nbs/03c1_tiny.ipynb #0100d9ed
 class TinyState:
     "All networks, the U-Net's moving average, and the optimiser of the part that is being trained."
     def __init__(self, cfg: TinyConfig, classes: list, machine: dict):
         self.cfg, self.classes, self.machine, c = cfg, [str(n) for n in classes], machine, cfg
-        self.tokenizer, self.scheduler = make_tokenizer([*self.classes, *c.templates, *(c.words or [])], c.context), make_scheduler(c.prediction)
+        self.tokenizer, self.scheduler = make_tokenizer([*self.classes, *c.templates, c.words], c.context), make_scheduler(c.prediction)
         make = dict(vae=lambda: make_vae(c.size, c.vae_widths, c.latent),
                     text=lambda: make_text_encoder(self.tokenizer, c.text_width, c.text_layers),
                     image=lambda: make_image_encoder(c.size, c.text_width, c.image_width, c.image_layers, c.patch),
