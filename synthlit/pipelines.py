@@ -35,7 +35,7 @@ from .networks import forward_flops
 from .splits import Split, load_split
 from .tiny import random_pipeline
 
-# %% ../nbs/03d_pipelines.ipynb #2a9d1678
+# %% ../nbs/03d_pipelines.ipynb #ec37394e
 @dataclass
 class Drawing:
     "How a pipeline draws."
@@ -88,7 +88,10 @@ class Text2imageConfig(Drawing):
 
 TEXT2IMAGE_PRESETS = dict(
     tiny=dict(model='random', steps=4, size=16),
-    digits=dict(strength=.75, size=32),
+    digits=dict(strength=.75),
+    fashion_mnist=dict(strength=.75),
+    mnist=dict(strength=.75),
+    cifar10=dict(strength=.75),
     smoke=dict(model='random', steps=2, size=16, batch=4),
     published=dict(  # generation of arXiv 2310.10402; which BLIP-2 it was is not known
         model='stable-diffusion-v1-5/stable-diffusion-v1-5', strength=.75, size=512, batch=24, precision='fp16', offload=True, tokens=True,
