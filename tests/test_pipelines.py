@@ -476,6 +476,7 @@ def test_a_version_ends_and_parts_make_it_whole(g):
     assert [sum(h.limit(c) for h in parts) for c in g.trained] == g.counts
     together = sorted((c, h.ranges[c][0] + j) for h in parts for c in g.trained for j in range(h.limit(c)))
     assert together == sorted((c, one.ranges[c][0] + j) for c in g.trained for j in range(one.limit(c)))
+    assert g.altered(prompts={**g.prompts, 0: ["a", "b"]}, ranges=one.ranges).prompts_of([0, 0, 1], [0, 1, 0]) == ["b", "a", *g.prompts[1]]
     with pytest.raises(SettingError, match="ends before"):
         one.sample([1], [1])
 
