@@ -481,6 +481,14 @@ def test_a_version_ends_and_parts_make_it_whole(g):
         one.sample([1], [1])
 
 
+def test_versions_of_one_reference_differ(g):
+    """Same prompt, same reference, other noise: what buries the reference is addressed too."""
+    one, other = g.sample([0, 0], [0, 3], strength=0.7)
+    assert not torch.equal(one, other)
+    draws = {torch.randn(4, generator=P.noise_of(s, c, i)).sum().item() for s in (0, 1) for c in (0, 1) for i in (0, 1, 64)}
+    assert len(draws) == 12
+
+
 # --- LoRA
 
 
