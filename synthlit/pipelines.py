@@ -35,7 +35,7 @@ from .networks import forward_flops
 from .splits import Split, load_split
 from .tiny import random_pipeline
 
-# %% ../nbs/03d_pipelines.ipynb #2a9d1678
+# %% ../nbs/03d_pipelines.ipynb #ec37394e
 @dataclass
 class Drawing:
     "How a pipeline draws."
@@ -88,7 +88,10 @@ class Text2imageConfig(Drawing):
 
 TEXT2IMAGE_PRESETS = dict(
     tiny=dict(model='random', steps=4, size=16),
-    digits=dict(strength=.75, size=32),
+    digits=dict(strength=.75),
+    fashion_mnist=dict(strength=.75),
+    mnist=dict(strength=.75),
+    cifar10=dict(strength=.75),
     smoke=dict(model='random', steps=2, size=16, batch=4),
     published=dict(  # generation of arXiv 2310.10402; which BLIP-2 it was is not known
         model='stable-diffusion-v1-5/stable-diffusion-v1-5', strength=.75, size=512, batch=24, precision='fp16', offload=True, tokens=True,
@@ -122,8 +125,8 @@ def check_strength(strength, steps: int):
     if strength is not None and int(steps*strength) < 1:
         raise SettingError(f'strength = {strength} of steps = {steps} leaves no step to do: take at least steps = {int(np.ceil(1/strength))}')
 
-# %% ../nbs/03d_pipelines.ipynb #029b8e9f
-SCHEDULERS = dict(
+# %% ../nbs/03d_pipelines.ipynb #bf7d3d8e
+SCHEDULERS: dict[str, tuple] = dict(
     unipc=('UniPCMultistepScheduler', {}),
     ddim=('DDIMScheduler', {}),
     ddpm=('DDPMScheduler', {}),
@@ -566,7 +569,7 @@ def is_edit(strength) -> bool:
     "Does generation start from a real image?"
     return strength is not None and strength < 1
 
-# %% ../nbs/03d_pipelines.ipynb #8435b40f
+# %% ../nbs/03d_pipelines.ipynb #fec3781f
 class PipelineGenerator(Generator):
     "A text-to-image pipeline as a generator. Keeps prompts, references and LoRA; the pipeline's own weights stay where they are until needed."
     family = 'synthlit.pipelines:PipelineGenerator'
@@ -661,6 +664,11 @@ class PipelineGenerator(Generator):
         if is_edit(d['strength']): x = self.editor(image=to_pipeline(self.images[rows], self.size), strength=d['strength'], **call).images
         else: x = self.pipe(latents=self.start(labels, index, seed), height=self.size, width=self.size, **call).images
         return from_pipeline(x, self.shape)
+    def prompts_of(self, labels, index) -> list:
+        "The prompt of each candidate."
+        labels, index = torch.as_tensor(labels), torch.as_tensor(index)
+        if self.ranges: index = in_range(labels, index, self.ranges)
+        return [self.prompts[c][i % len(self.prompts[c])] for c, i in zip(labels.tolist(), index.tolist())]
     def start(self, labels, index, seed: int) -> torch.Tensor:
         "Latents of pure noise."
         c, side = self.pipe.unet.config.in_channels, self.size//self.facts['factor']
@@ -760,7 +768,7 @@ def index_ranges(
     if version is None and parts == 1: return None
     return {c: (n*(version or 0) + n*part//parts, n*(version or 0) + n*(part + 1)//parts) for c, n in enumerate(counts)}
 
-# %% ../nbs/03d_pipelines.ipynb #f32afc8b
+# %% ../nbs/03d_pipelines.ipynb #2e8ae3cf
 def find_pipeline(stage: Stage) -> str:
     "Folder or hub id of the pipeline that the settings ask for."
     if stage.cfg.model == 'random':
@@ -790,8 +798,8 @@ def make_prompts(stage: Stage, train: Split, own: dict) -> dict:  # label -> pro
     cfg = stage.cfg
     template = cfg.template or own.get('templates', [''])[0].replace('{}', '{class}')  # as the pipeline was trained, if it was trained here
     if not cfg.captions: return class_prompts(train.classes, replace(cfg, template=template))
-    more = dict(path=stage.dir/'captions.parquet', device=stage.device, precision=cfg.precision, column=cfg.caption_column)
-    captions = captions_of(train.images, cfg.captions, **more, **({} if is_captions(cfg.captions) else dict(track=stage.track)))
+    made = stage.dir/'captions.parquet'
+    captions = captions_of(train.images, cfg.captions, made, cfg.caption_column, stage.device, cfg.precision, track=stage.track)
     return caption_prompts(train, captions, cfg)
 
 def make_tokens(stage: Stage, train: Split, source: str) -> torch.Tensor | None:  # N×d

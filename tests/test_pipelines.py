@@ -476,8 +476,17 @@ def test_a_version_ends_and_parts_make_it_whole(g):
     assert [sum(h.limit(c) for h in parts) for c in g.trained] == g.counts
     together = sorted((c, h.ranges[c][0] + j) for h in parts for c in g.trained for j in range(h.limit(c)))
     assert together == sorted((c, one.ranges[c][0] + j) for c in g.trained for j in range(one.limit(c)))
+    assert g.altered(prompts={**g.prompts, 0: ["a", "b"]}, ranges=one.ranges).prompts_of([0, 0, 1], [0, 1, 0]) == ["b", "a", *g.prompts[1]]
     with pytest.raises(SettingError, match="ends before"):
         one.sample([1], [1])
+
+
+def test_versions_of_one_reference_differ(g):
+    """Same prompt, same reference, other noise: what buries the reference is addressed too."""
+    one, other = g.sample([0, 0], [0, 3], strength=0.7)
+    assert not torch.equal(one, other)
+    draws = {torch.randn(4, generator=P.noise_of(s, c, i)).sum().item() for s in (0, 1) for c in (0, 1) for i in (0, 1, 64)}
+    assert len(draws) == 12
 
 
 # --- LoRA
