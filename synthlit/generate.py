@@ -223,7 +223,7 @@ def describe(
     with atomic(folder/'README.md') as tmp: tmp.write_text(card(facts))
     return facts
 
-# %% ../nbs/05b_generate.ipynb #8525a35c
+# %% ../nbs/05b_generate.ipynb #8db2d1ca
 def per_class_of(cfg_per_class, train) -> int:
     "Images per class: as asked, or as many as the real training split has on average (GaFi's class_samples)."
     return cfg_per_class or len(train)//len(train.classes)
@@ -249,6 +249,7 @@ def run_generate(stage: Stage) -> dict:
     g, dials = load_generator(source, stage.device), dials_of(cfg)
     y, i = plain_addresses(g, cfg.per_class, train)
     rows = Rows([Maker(g, cfg.seed, dials, source)], y, i)
+    if (asked := g.prompts_of(y, i)) is not None: rows.known['prompt'] = asked
     write_shards(stage.dir, rows, cfg.shard, stage.device, stage.track)
     if cfg.folder: list(unpack(stage.dir, stage.dir/'images', cfg.folder))
     of = splits_facts(stage.input('splits'))

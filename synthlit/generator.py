@@ -56,7 +56,7 @@ def turned(
         z = torch.special.ndtri(tail + torch.special.ndtr(z.double())*(1 - 2*tail)).float()
     return z*low if uniform is None or low == high else z*(low + (high - low)*uniform)
 
-# %% ../nbs/00c_generator.ipynb #f8d39475
+# %% ../nbs/00c_generator.ipynb #2880d7ba
 class Generator:
     "Base of all generators: the protocol and how it is kept. Subclasses give `family`, `sample`, `state` and `from_state`."
     family = ''  # 'module:Class' that loads it, e.g. 'synthlit.generator:GaussianFloor'
@@ -79,6 +79,9 @@ class Generator:
         return 0
     def limit(self, label: int) -> int | None:
         "How many candidates of a class there are; None: as many as one likes."
+        return None
+    def prompts_of(self, labels, index) -> list | None:
+        "The text that each candidate was asked for with; None: no texts here."
         return None
     def endless(self) -> 'Generator':
         "The same without an end: a fixed set of images begins again."

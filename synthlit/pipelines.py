@@ -92,7 +92,7 @@ TEXT2IMAGE_PRESETS = dict(
     fashion_mnist=dict(strength=.75),
     mnist=dict(strength=.75),
     cifar10=dict(strength=.75),
-    smoke=dict(model='random', steps=2, size=16, batch=4),
+    smoke=dict(model='random', revision='', captions='', image_encoder='', steps=2, size=16, batch=4, precision='fp32', offload=False),
     published=dict(  # generation of arXiv 2310.10402; which BLIP-2 it was is not known
         model='stable-diffusion-v1-5/stable-diffusion-v1-5', strength=.75, size=512, batch=24, precision='fp16', offload=True, tokens=True,
         image_encoder='openai/clip-vit-large-patch14', captions='Salesforce/blip2-opt-2.7b'),

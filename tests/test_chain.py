@@ -71,7 +71,7 @@ def test_second_run_does_nothing(tiny_run, tiny_copy, tmp_path):
     start = time.time()
     out = command("synthlit", "run", write_params(tmp_path / "tiny.yaml", tiny_run.params), "--out", tiny_copy)
     print(f"the second run of a finished chain took {time.time() - start:.1f} s, imports included")
-    assert "nothing to do: all 16 stages are done" in out and str(tiny_copy / "report" / "report.html") in out
+    assert "nothing to do: all 20 stages are done" in out and str(tiny_copy / "report" / "report.html") in out
     after = {p: p.stat().st_mtime_ns for p in tiny_copy.rglob("*") if p.is_file() and p.parent.name != "locks"}
     assert {p.name for p in after if before.get(p) != after[p]} <= {"params.yaml"}
 
@@ -92,7 +92,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(tiny_run, tiny_copy, tmp_pa
     before, params = digests(tiny_copy), write_params(tmp_path / "tiny.yaml", tiny_run.params)
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "evaluate.n_measure=120"]) == 0
     out, after = capsys.readouterr().out, digests(tiny_copy)
-    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 16 stages run" in out
+    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 20 stages run" in out
     assert {k for k in after if after[k] != before[k]} <= {"evaluate", "report"} and after["evaluate"] != before["evaluate"]
     assert {p.name for p in tiny_copy.glob("*.old-*")} == {"evaluate.old-1", "report.old-1"}
     assert read_manifest(tiny_copy / "evaluate.old-1")["digest"] == before["evaluate"]
@@ -105,7 +105,7 @@ def test_dry_run_sees_what_a_change_entails(tiny_run, tiny_copy, tmp_path, capsy
     params, before = write_params(tmp_path / "tiny.yaml", tiny_run.params), sorted(tiny_copy.rglob("*"))
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "classifier.epochs=3", "--dry-run"]) == 0
     rows = dict(re.findall(r"^(\S+) +(done|changed|begun|to do|waiting) ", capsys.readouterr().out, re.M))
-    assert len(rows) == 16 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
+    assert len(rows) == 20 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
     assert {k for k, state in rows.items() if state == "done"} == {"base_classifier", "mine"}, rows  # they stand on the splits alone
     assert sorted(tiny_copy.rglob("*")) == before
 

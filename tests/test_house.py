@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from synthlit.core import STAGES, field_help, notebooks_dir, resolve, stage_parts
+from synthlit.data import subsets
 from synthlit.pipeline import only_imports, plan, preflight, read_params
 
 TOP = Path(__file__).resolve().parent.parent
@@ -198,23 +201,42 @@ def test_each_module_comes_from_a_notebook():
 PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 
 
+def few_images(folder: Path) -> Path:
+    """An ImageNet of one grey image, a thousand times."""
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "png")
+    for part in ("train", "val"):
+        for wnid in {c["wnid"] for name in ("imagenette", "imagenet100") for c in subsets()[name]["classes"]}:
+            (folder / part / wnid).mkdir(parents=True)
+            for i in range(60 if part == "train" else 2):
+                (folder / part / wnid / f"{i}.png").write_bytes(png.getvalue())
+    return folder
+
+
 @pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
-def test_ready_experiments_are_valid_and_explained(path):
-    nodes = plan(read_params(path))
+def test_ready_experiments_are_valid_and_explained(path, tmp_path):
+    imagenet = (
+        [f"splits.dataset={few_images(tmp_path)}:{path.stem.split('_')[1]}"] if "image" in path.stem else []
+    )  # no download: a folder of one's own
+    nodes = plan(read_params(path, imagenet))
     preflight(nodes)
     some = dict(
         fast={"splits", "classifier"},
         search={"splits", "classifier", "gan", "search", "evaluate", "report"},
-        gafi=set(STAGES) - {"fewshot", "fewclassify", "imported"},
+        gafi={"splits", "classifier", "gan", "generate", "filter", "search", "multigen", "evaluate", "report"},
         gan={"splits", "classifier", "gan", "generate", "evaluate", "report"},
         few={"splits", "classifier", "gan", "fewshot", "fewclassify"},
+        tiny={"splits", "tiny"},
+        realfake={"splits", "classifier", "text2image", "lora", "generate", "evaluate", "report"}
+        | ({"tiny"} if path.stem == "realfake_tiny_cpu" else set()),
     )
-    whole = set(STAGES) - {
-        "search",
-        "imported",
-        "fewclassify",
-    }  # a filter with settings of its own does for an example; the gafi_* experiments search
-    assert {n.stage for n in nodes} == some.get(path.stem.split("_")[0], whole)
+    # a filter with settings of its own does for an example; the gafi_* experiments search, those of other generators have files of their own
+    whole = set(STAGES) - {"search", "imported", "fewclassify", "diffusion", "tiny", "text2image", "lora"}
+    mine = {n.stage for n in nodes}
+    if path.stem.startswith("diffusion"):
+        assert {"splits", "classifier", "diffusion", "evaluate", "report"} <= mine
+    else:
+        assert mine == some.get(path.stem.split("_")[0], whole)
     assert path.read_text().startswith("# ")
 
 
