@@ -350,7 +350,7 @@ class TensorBoard:
         "Write a picture."
         self.writer.add_image('picture', image, step)
 
-# %% ../nbs/00a_core.ipynb #df80d8f5
+# %% ../nbs/00a_core.ipynb #a9eb6972
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
     "Where a stage lives and what flows in and out of it."
@@ -376,7 +376,8 @@ STAGES = dict(
     multigen=StageSpec('07_multigen', 'multigen', 'mixture', ('splits', 'classifier', 'generator', 'accepted'), joins=True),
     evaluate=StageSpec('08a_evaluate', 'evaluate', 'scores', ('splits', 'classifier'), ('set', 'accepted', 'mixture', 'generator'), joins=True),
     fewclassify=StageSpec('08b1_fewshot_classify', 'fewclassify', 'fewscores', ('splits', 'classifier'), ('generator',), joins=True),
-    report=StageSpec('08c_report', 'report', 'report', ('splits',), ('classifier', 'generator', 'set', 'accepted', 'mixture', 'scores', 'fewscores'), joins=True),
+    report=StageSpec('08c_report', 'report', 'report', ('splits',),
+                     ('classifier', 'generator', 'set', 'accepted', 'mixture', 'scores', 'fewscores'), joins=True),
 )
 
 def stage_parts(stage: str) -> tuple:

@@ -302,7 +302,7 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
         r['val'] = r['model'].accuracy(val)
     return rows
 
-# %% ../nbs/08a_evaluate.ipynb #6580c337
+# %% ../nbs/08a_evaluate.ipynb #f9177b77
 def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     few, extra = facts['generators']*min(cfg.row_seeds, len(cfg.seeds)), bool(cfg.recycle) + cfg.teacher + bool(cfg.real_share)
@@ -315,8 +315,8 @@ def run_evaluate(stage: Stage) -> dict:
     "The stage: train every row, measure it, then open test once and score all."
     train, val, classifier = stage_splits(stage)
     if classifier.recipe.classes != 'all':
-        raise SettingError(f'evaluate.from.classifier: {stage.input("classifier").name} was trained on the base classes alone, so neither its recipe nor its '
-                           'features fit all classes: give the run a classifier stage with classes: all')
+        raise SettingError(f'evaluate.from.classifier: {stage.input("classifier").name} was trained on the base classes alone, so neither its '
+                           'recipe nor its features fit all classes: give the run a classifier stage with classes: all')
     facts = load_json(stage.input('splits')/'result.json')
     refuse_contamination(stage, {k: facts['digests'][k] for k in ('val', 'test')})
     steps = planned_steps(classifier.recipe, len(train))

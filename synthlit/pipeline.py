@@ -725,7 +725,7 @@ def cmd_new(a):
     with atomic(to) as tmp: tmp.write_text(text)
     print(f'{to}: next, synthlit run {to} --smoke')
 
-# %% ../nbs/09_pipeline.ipynb #5436920a
+# %% ../nbs/09_pipeline.ipynb #a55a8736
 def print_plan(params: dict, out=None, first=None, last=None, only=None):
     "What a run would do, with time and disk estimated from timings taken now."
     nodes = plan(params)
@@ -748,7 +748,8 @@ def print_plan(params: dict, out=None, first=None, last=None, only=None):
         total = [total[0] + s, total[1] + b]
         print(f'{n.name:{wide}}{state:10}{clock(s):>9}{b/1e6:8.1f}MB  '
               f'{", ".join(m.name for k, ms in n.reads.items() if k not in ("splits", "classifier") for m in ms)}')
-    print(f'{"together, about":{wide + 10}}{clock(total[0]):>9}{total[1]/1e6:8.1f}MB   on {machine["device"]}, {machine["threads"]} threads; run folder {run}')
+    print(f'{"together, about":{wide + 10}}{clock(total[0]):>9}{total[1]/1e6:8.1f}MB   on {machine["device"]}, {machine["threads"]} threads; '
+          f'run folder {run}')
 
 def cmd_run(a):
     "Run a chain from a parameter file."

@@ -651,7 +651,7 @@ def splits_section(v: RunView):
                 el('details', el('summary', 'Training images per class'), bars(rows), open='' if len(rows) <= 20 else None)]
     return out or missing('splits')
 
-# %% ../nbs/08c_report.ipynb #18150678
+# %% ../nbs/08c_report.ipynb #7f9cfcbb
 def fewscores_part(f: Folder) -> list:
     "Novel-class accuracy of each way of fine-tuning, as dots with intervals and as a table."
     rows, pc = f.result['rows'], lambda r, k: '–' if r.get(k) is None else percent(r[k])
@@ -661,10 +661,11 @@ def fewscores_part(f: Folder) -> list:
                     for r in rows], next((r['test'] for r in rows if r['label'] == rival), None))
     heads = ['fine-tuned on', 'images', 'novel %', 'interval', 'among novel %', f'over {rival}', 'interval', 'base afterwards %', 'ρ fakeval, val']
     cells = [[r['label'], f'{r["n"]:,}', pc(r, 'test'), ci(r['test_low'], r['test_high']), pc(r, 'test_novel'), f'{100*r["gain"]:+.1f}',
-              ci(r['gain_low'], r['gain_high']), pc(r, 'base_val'), '–' if r['fakeval_with_val'] is None else f'{r["fakeval_with_val"]:.2f}'] for r in rows]
+              ci(r['gain_low'], r['gain_high']), pc(r, 'base_val'), '–' if (rho := r['fakeval_with_val']) is None else f'{rho:.2f}'] for r in rows]
     return [picture, table(heads, cells, best),
-            el('p', f'{f.result["n_test"]:,} sealed test images of the novel classes, {f.result["k"]:g} supports per class, {rows[0]["seeds"]} seeds of one cut; '
-                    f'bold: best on val; dashed: {rival}. "novel" takes the likeliest of all classes, "among novel" of the novel ones alone.', class_='note')]
+            el('p', f'{f.result["n_test"]:,} sealed test images of the novel classes, {f.result["k"]:g} supports per class, '
+                    f'{rows[0]["seeds"]} seeds of one cut; bold: best on val; dashed: {rival}. '
+                    '"novel" takes the likeliest of all classes, "among novel" of the novel ones alone.', class_='note')]
 
 def fewscores_section(v: RunView):
     "The tables of every few-shot classification."

@@ -208,7 +208,7 @@ def few_images(folder: Path) -> Path:
     for part in ("train", "val"):
         for wnid in {c["wnid"] for name in ("imagenette", "imagenet100") for c in subsets()[name]["classes"]}:
             (folder / part / wnid).mkdir(parents=True)
-            for i in range(60 if part == "train" else 2):
+            for i in range(70 if part == "train" else 2):
                 (folder / part / wnid / f"{i}.png").write_bytes(png.getvalue())
     return folder
 
