@@ -350,7 +350,7 @@ class TensorBoard:
         "Write a picture."
         self.writer.add_image('picture', image, step)
 
-# %% ../nbs/00a_core.ipynb #df80d8f5
+# %% ../nbs/00a_core.ipynb #82e5097c
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
     "Where a stage lives and what flows in and out of it."
@@ -365,6 +365,7 @@ STAGES = dict(
     splits=StageSpec('01_splits', 'splits', 'splits'),
     classifier=StageSpec('02_classifier', 'classifier', 'classifier', ('splits',)),
     gan=StageSpec('03b_gan_training', 'gan.train', 'generator', ('splits', 'classifier')),
+    diffusion=StageSpec('03c_diffusion', 'diffusion', 'generator', ('splits', 'classifier')),
     fewshot=StageSpec('04a_fewshot', 'fewshot', 'generator', ('splits', 'classifier', 'generator')),
     imported=StageSpec('05d_imported', 'imported', 'generator', ('splits',)),
     generate=StageSpec('05b_generate', 'generate', 'set', ('splits', 'generator')),
