@@ -93,19 +93,19 @@ class DiffusionConfig:
         "What is needed to build the network again."
         return {k: getattr(self, k) for k in ('network', 'channels', 'layers', 'patch', 'attention', 'dropout')}
 
-# %% ../nbs/03c_diffusion.ipynb #acffae12
+# %% ../nbs/03c_diffusion.ipynb #7c753500
 DIFFUSION_PRESETS = dict(
     # rows for data sets
     tiny=dict(channels=[24, 48], steps=400, batch=48, eval_every=200, n_eval=30, warmup=20, lr=2e-3),
     digits=dict(steps=4000, eval_every=1000, n_eval=50),
-    fashion_mnist=dict(patch=2, channels=[32, 64], layers=2, steps=10000, eval_every=2500, flip=True),
-    mnist=dict(patch=2, channels=[32, 64], layers=2, steps=10000, eval_every=2500),
+    fashion_mnist=dict(patch=2, channels=[32, 64], layers=2, steps=12000, eval_every=3000, label_drop=.05, flip=True),
+    mnist=dict(patch=2, channels=[32, 64], layers=2, steps=12000, eval_every=3000, label_drop=.05),
     cifar10=dict(
         network='unet', channels=[128, 256, 256, 256], layers=2, attention=16, dropout=0.1, batch=128, steps=400000, lr=2e-4, warmup=5000, ema=.9999,
         eval_every=20000, n_eval=500, sample_steps=25, flip=True),
     smoke=dict(channels=[8, 8], layers=1, patch=1, attention=0, steps=2, epochs=None, warmup=0, batch=4, accumulate=1, eval_every=2, n_eval=2, sample_steps=2),
     # rows for image sides
-    small=dict(patch=2, channels=[32, 64], layers=2, steps=10000, eval_every=2500, flip=True),
+    small=dict(patch=2, channels=[32, 64], layers=2, steps=12000, eval_every=3000, label_drop=.05, flip=True),
     px8=dict(channels=[64, 128], layers=2, steps=20000, eval_every=2000),
     px28=dict(network='unet', channels=[96, 192, 192], layers=2, attention=14, dropout=0.1, batch=128, steps=100000, lr=2e-4, warmup=1000, ema=.9999,
               eval_every=10000, n_eval=500, sample_steps=25),
@@ -220,7 +220,7 @@ class Denoiser(nn.Module):
         out = out if isinstance(out, torch.Tensor) else out.sample
         return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
-# %% ../nbs/03c_diffusion.ipynb #89035262
+# %% ../nbs/03c_diffusion.ipynb #0564508a
 class DiffusionState:
     "The network, its moving average, the optimiser: all that a step changes."
     def __init__(self, cfg: DiffusionConfig, shape, classes: int, machine: dict):
@@ -263,21 +263,21 @@ class Noised(NamedTuple):
     weight: torch.Tensor  # N: of its loss
     def part(self, i: int, n: int): return self if n == 1 else Noised(*[v[i::n] for v in self])
 
-def clock_of(t, objective: str):
-    "What the network is told of t: diffusers' convention, 0..999 for tables and 0..1000 for flow."
-    return t*TABLE - int(objective != 'flow')
+def clock_of(at, objective: str):
+    "What the network is told of t = at/1000: diffusers' convention, 0..999 for tables (whole numbers), 0..1000 for flow."
+    return at - int(objective != 'flow')
 
 def noised(s: DiffusionState, x: torch.Tensor, y: torch.Tensor, stream: str, step: int, drop: float) -> Noised:
     "Images in [-1, 1] drowned at levels spread evenly, by noise of an address."
     c, n, r, dev = s.cfg, len(x), rng(s.cfg.seed, stream, step), x.device
-    t = torch.from_numpy(((np.arange(n) + r.random(n))/n).astype(np.float32))
-    if c.objective == 'flow': a, sigma = 1 - t, t
-    else: t = (at := (t*TABLE).ceil().clamp(1, TABLE).long())/TABLE; a, sigma = s.levels[:, at]
+    at = torch.from_numpy(((np.arange(n) + r.random(n))*TABLE/n).astype(np.float32))
+    if c.objective == 'flow': a, sigma = 1 - at/TABLE, at/TABLE
+    else: a, sigma = s.levels[:, (at := at.ceil().clamp(1, TABLE)).long()]
     e = torch.from_numpy(r.standard_normal(x.shape, dtype=np.float32)).to(dev)
     y = torch.where(torch.from_numpy(r.random(n) < drop).to(dev), s.net.none, y.to(dev))
     weight = min_snr(a.clamp(min=1e-4), sigma, c.objective, c.snr_gamma).to(dev)
     a, sigma = [v.to(dev).view(-1, 1, 1, 1) for v in (a, sigma)]
-    return Noised(a*x + sigma*e, clock_of(t, c.objective).to(dev), y, wanted(x, e, a, sigma, c.objective), weight)
+    return Noised(a*x + sigma*e, clock_of(at, c.objective).to(dev), y, wanted(x, e, a, sigma, c.objective), weight)
 
 # %% ../nbs/03c_diffusion.ipynb #5d3f2fc9
 def denoising_loss(s: DiffusionState, net: nn.Module, d: Noised) -> torch.Tensor:
@@ -307,18 +307,17 @@ def diffusion_step(
     s.opt.step(), s.average(step)
     return loss
 
-# %% ../nbs/03c_diffusion.ipynb #77830338
+# %% ../nbs/03c_diffusion.ipynb #edf4cd29
 SAMPLERS = dict(euler=1, ddim=1, ancestral=1, heun=2, multistep=1)  # -> passes a step
 
 def grid_of(objective: str, schedule: str, steps: int) -> list:
-    "(t, alpha, sigma) of the levels that sampling visits, from noise to image: steps + 1 of them, evenly spaced in t."
+    "(1000 t, alpha, sigma) of the levels that sampling visits, from noise to image: steps + 1 of them, evenly spaced in t."
     a, s = levels(objective, schedule)
-    at = np.arange(steps + 1)*TABLE/steps
-    if objective == 'flow': return [(1 - i/TABLE, i/TABLE, 1 - i/TABLE) for i in at]
-    return [(i/TABLE, float(a[i]), float(s[i])) for i in (TABLE - at).round().astype(int)]
+    at = [TABLE*(steps - i)/steps for i in range(steps + 1)]
+    return [(t, 1 - t/TABLE, t/TABLE) for t in at] if objective == 'flow' else [(i, float(a[i]), float(s[i])) for i in map(round, at)]
 
 def move(z, x, here: tuple, there: tuple):
-    "From one level to another, given the estimate x of the image; levels are (t, alpha, sigma)."
+    "From one level to another, given the estimate x of the image; levels are (1000 t, alpha, sigma)."
     (_, a, s), (_, b, r) = here, there
     return r/s*z + (b - r*a/s)*x
 
@@ -361,7 +360,7 @@ def check_dials(d: dict, label_drop: float):
     if d['sampler'] not in SAMPLERS: raise SettingError(f'sampler = {d["sampler"]!r}; {nearest(d["sampler"], SAMPLERS)}')
     check_guidance(d['guidance'], label_drop)
 
-# %% ../nbs/03c_diffusion.ipynb #0362d6a1
+# %% ../nbs/03c_diffusion.ipynb #97537d9e
 class DiffusionGenerator(Generator):
     "A trained diffusion model. Dials: `steps`, `sampler` (of SAMPLERS), `guidance` (1 = off), `std` of the first noise (see `turned`)."
     family, dials = 'synthlit.diffusion:DiffusionGenerator', dict(steps=10, sampler='multistep', guidance=1., std=1.)
@@ -382,9 +381,9 @@ class DiffusionGenerator(Generator):
         one, d = torch.zeros(1), self.dials
         passes = (d['steps'] - 1)*SAMPLERS[d['sampler']] + 1
         return forward_flops(self.net, torch.zeros(1, *self.shape), one, one.long())*passes*(1 + (d['guidance'] > 1))
-    def answer(self, z, t: float, y, guidance: float):
-        "The network's answer at a level, the label exaggerated where asked."
-        clock = torch.full((len(z),), clock_of(t, self.made['objective']), device=z.device)
+    def answer(self, z, at: float, y, guidance: float):
+        "The network's answer at a level t = at/1000, the label exaggerated where asked."
+        clock = torch.full((len(z),), float(clock_of(at, self.made['objective'])), device=z.device)
         out = self.net(z, clock, y).float()
         if guidance <= 1: return out
         free = self.net(z, clock, torch.full_like(y, self.net.none)).float()
@@ -397,7 +396,9 @@ class DiffusionGenerator(Generator):
         z = there(turned(draw(seed), d['std'], 0., None if spread is None else torch.special.ndtr(spread)))
         objective, on = self.made['objective'], y.to(self.device)
         grid = grid_of(objective, self.made['schedule'], d['steps'])
-        estimate = lambda z, i: image_of(z, self.answer(z, grid[i][0], on, d['guidance']), *grid[i][1:], objective).clamp(-1, 1)
+        def estimate(z, i):
+            at, a, sigma = grid[i]
+            return image_of(z, self.answer(z, at, on, d['guidance']), a, sigma, objective).clamp(-1, 1)
         return denoise(estimate, z, grid, d['sampler'], lambda i: there(draw(int(rng(seed, 'diffusion.fresh', i).integers(2**62)))))
     @torch.no_grad()
     def sample(self, labels, index, *, seed: int = 0, **dials):
@@ -413,14 +414,13 @@ def as_diffusion(s: DiffusionState, classes: list, shape, trained: list) -> Diff
                 dials=dict(steps=c.sample_steps, sampler=c.sampler, guidance=c.guidance))
     return DiffusionGenerator(copy.deepcopy(s.E), classes, shape, trained, made, s.machine['device'])
 
-# %% ../nbs/03c_diffusion.ipynb #2a63aa0c
+# %% ../nbs/03c_diffusion.ipynb #613fcf04
 class DiffusionWatcher(Watcher):
     "A GAN's `Watcher` for a diffusion model: the same measures and pictures, and the loss on val and on training images at fixed noise."
     advice = 'Try a smaller lr or more steps; diffusion.collapse = 0 never stops'
     def __init__(self, stage: Stage, cfg: DiffusionConfig, val: Split, classifier, labels: list, train: Split):
-        cfg_of_packs = (cfg.pack, cfg.seed, stage.device)
         super().__init__(stage, cfg, val, classifier, labels, labels)
-        self.known = Packs(train, labels, min(256, len(train), len(val)), *cfg_of_packs)
+        self.known = Packs(train, labels, self.batches.batch, cfg.pack, cfg.seed, stage.device)
     def generator(self, s) -> Generator: return as_diffusion(s, self.val.classes, self.val.images.shape[1:], self.trained)
     def judge(self, s, g) -> dict: return dict(val_loss=judged_loss(s, self.batches(0)), train_loss=judged_loss(s, self.known(0)))
 

@@ -209,7 +209,11 @@ def test_ready_experiments_are_valid_and_explained(path):
         gan={"splits", "classifier", "gan", "generate", "evaluate", "report"},
         few={"splits", "classifier", "gan", "fewshot", "fewclassify"},
     )
-    whole = set(STAGES) - {"search", "imported", "fewclassify"}  # a filter with settings of its own does for an example; the gafi_* experiments search
+    whole = set(STAGES) - {
+        "search",
+        "imported",
+        "fewclassify",
+    }  # a filter with settings of its own does for an example; the gafi_* experiments search
     assert {n.stage for n in nodes} == some.get(path.stem.split("_")[0], whole)
     assert path.read_text().startswith("# ")
 

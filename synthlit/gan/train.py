@@ -418,7 +418,7 @@ def gan_step(
     s.average(step)
     return loss_d, loss_g
 
-# %% ../../nbs/03b_gan_training.ipynb #7e15751c
+# %% ../../nbs/03b_gan_training.ipynb #008050fc
 @contextmanager
 def at_rest(net: nn.Module):
     "The network in evaluation mode inside the block; each of its modules is as it was after (in fine-tuning some rest while others train)."
@@ -447,14 +447,14 @@ def as_generator(s: GanState, split: Split, trained: list) -> GanGenerator:
 
 class Watcher:
     "Called every `eval_every` steps: measures, logs, draws, and keeps what is best so far."
-    def __init__(self, stage: Stage, cfg: GanConfig, val: Split, classifier, trained: list, watched: list, watch=None):
+    def __init__(self, stage: Stage, cfg, val: Split, classifier, trained: list, watched: list, watch=None):
         self.stage, self.cfg, self.val, self.trained, self.watched = stage, cfg, val, trained, watched
         self.watch = watch or Watch(val, classifier, watched, cfg.n_eval, cfg.inception)  # generator -> measures, `frechet` among them
         self.batches = new_batches(cfg, val, watched, min(256, len(val)//cfg.pack*cfg.pack), stage.device, True)
     advice = 'Try gan.pack = 2, another loss or smaller rates; gan.collapse = 0 never stops'
     def generator(self, s) -> Generator: return as_generator(s, self.val, self.trained)
-    def judge(self, s, g: Generator) -> dict: return judge(s, self.batches, g.net)
-    def __call__(self, s: GanState, step: int):
+    def judge(self, s, g) -> dict: return judge(s, self.batches, g.net)
+    def __call__(self, s, step: int):
         "Measure the state after `step` steps."
         g, c, history = self.generator(s), self.cfg, self.stage.history
         best = min((r['frechet'] for r in history.rows if r.get('frechet') is not None), default=float('inf'))
@@ -468,7 +468,7 @@ class Watcher:
             raise RuntimeError(f'{self.stage.dir.name} stopped at step {step}: {reason}. '
                                f'The best generator and the last checkpoint are kept. {self.advice}')
 
-def new_batches(cfg: GanConfig, split: Split, labels: list, batch: int, device, balanced=None):
+def new_batches(cfg, split: Split, labels: list, batch: int, device, balanced=None):
     "The kind of batches that the settings ask for."
     if cfg.balanced if balanced is None else balanced: return Packs(split, labels, batch, cfg.pack, cfg.seed, device)
     return Shuffled(split, batch, cfg.seed, device)
