@@ -93,10 +93,10 @@ class DiffusionConfig:
         "What is needed to build the network again."
         return {k: getattr(self, k) for k in ('network', 'channels', 'layers', 'patch', 'attention', 'dropout')}
 
-# %% ../nbs/03c_diffusion.ipynb #7c753500
+# %% ../nbs/03c_diffusion.ipynb #e17aa28f
 DIFFUSION_PRESETS = dict(
     # rows for data sets
-    tiny=dict(channels=[24, 48], steps=400, batch=48, eval_every=200, n_eval=30, warmup=20, lr=2e-3),
+    tiny=dict(channels=[24, 48], steps=400, batch=32, eval_every=200, n_eval=30, warmup=20, lr=2e-3),
     digits=dict(steps=4000, eval_every=1000, n_eval=50),
     fashion_mnist=dict(patch=2, channels=[32, 64], layers=2, steps=12000, eval_every=3000, label_drop=.05, flip=True),
     mnist=dict(patch=2, channels=[32, 64], layers=2, steps=12000, eval_every=3000, label_drop=.05),
