@@ -24,14 +24,14 @@ from .augment import shift_flip, to_bytes
 from .classifier import labels_of, of_rank, rank_and_world, to_device
 from .gan.train import Packs, Shuffled, Watcher, finish_watched, keep_training, share_gradients, stage_splits
 
-# %% ../nbs/03c_diffusion.ipynb #96425978
+# %% ../nbs/03c_diffusion.ipynb #c76a33e6
 @dataclass
 class DiffusionConfig:
     "Everything that may be set about a diffusion model, its training and how it is sampled."
     classes: Literal['all', 'base'] = 'all'  # train on all classes, or on the base classes only (few-shot work)
     data: Literal['train', 'train+val'] = 'train'  # train+val: more images, but then val has been seen and flatters the generator
     network: Literal['lean', 'unet'] = 'lean'  # a small U-Net of our own, made for CPUs, or diffusers' UNet2DModel
-    channels: list[Annotated[int, (1, None)]] = field(default_factory=lambda: [32, 64])  # of each map size, the largest first; each next one has half the side
+    channels: list[Annotated[int, (1, None)]] = field(default_factory=lambda: [32, 64])  # of each map size; each next one has half the side
     layers: Annotated[int, (1, 8)] = 1  # residual blocks per map size; `lean` has one more at the smallest
     patch: Annotated[int, (1, 8)] = 1  # squares of so many pixels become channels before the network and pixels again after it: less to compute
     attention: Annotated[int, (0, None)] = 0  # unet only: self-attention on maps of at most this side; 0 = none
@@ -93,7 +93,7 @@ class DiffusionConfig:
         "What is needed to build the network again."
         return {k: getattr(self, k) for k in ('network', 'channels', 'layers', 'patch', 'attention', 'dropout')}
 
-# %% ../nbs/03c_diffusion.ipynb #e17aa28f
+# %% ../nbs/03c_diffusion.ipynb #3d3a95e9
 DIFFUSION_PRESETS = dict(
     # rows for data sets
     tiny=dict(channels=[24, 48], steps=400, batch=32, eval_every=200, n_eval=30, warmup=20, lr=2e-3),
@@ -103,16 +103,17 @@ DIFFUSION_PRESETS = dict(
     cifar10=dict(
         network='unet', channels=[128, 256, 256, 256], layers=2, attention=16, dropout=0.1, batch=128, steps=400000, lr=2e-4, warmup=5000, ema=.9999,
         eval_every=20000, n_eval=500, sample_steps=25, flip=True),
-    smoke=dict(channels=[8, 8], layers=1, patch=1, attention=0, steps=2, epochs=None, warmup=0, batch=4, accumulate=1, eval_every=2, n_eval=2, sample_steps=2),
+    smoke=dict(
+        channels=[8, 8], layers=1, patch=1, attention=0, steps=2, epochs=None, warmup=0, batch=4, accumulate=1, eval_every=2, n_eval=2, sample_steps=2),
     # rows for image sides
     small=dict(patch=2, channels=[32, 64], layers=2, steps=12000, eval_every=3000, label_drop=.05, flip=True),
     px8=dict(channels=[64, 128], layers=2, steps=20000, eval_every=2000),
     px28=dict(network='unet', channels=[96, 192, 192], layers=2, attention=14, dropout=0.1, batch=128, steps=100000, lr=2e-4, warmup=1000, ema=.9999,
               eval_every=10000, n_eval=500, sample_steps=25),
-    px32=dict(network='unet', channels=[128, 256, 256, 256], layers=2, attention=16, dropout=0.1, batch=128, steps=200000, lr=2e-4, warmup=5000, ema=.9999,
-              eval_every=10000, n_eval=500, sample_steps=25),
-    px64=dict(network='unet', patch=2, channels=[192, 384, 576], layers=3, attention=16, dropout=0.1, batch=256, steps=300000, lr=1e-4, warmup=5000, ema=.9999,
-              precision='bf16', eval_every=20000, n_eval=200, sample_steps=25),
+    px32=dict(network='unet', channels=[128, 256, 256, 256], layers=2, attention=16, dropout=0.1, batch=128, steps=200000, lr=2e-4, warmup=5000,
+              ema=.9999, eval_every=10000, n_eval=500, sample_steps=25),
+    px64=dict(network='unet', patch=2, channels=[192, 384, 576], layers=3, attention=16, dropout=0.1, batch=256, steps=300000, lr=1e-4, warmup=5000,
+              ema=.9999, precision='bf16', eval_every=20000, n_eval=200, sample_steps=25),
 )
 
 # %% ../nbs/03c_diffusion.ipynb #f1165b2d
@@ -185,20 +186,22 @@ class LeanUNet(nn.Module):
             for b in self.up[i]: h = b(h, emb)
         return self.last(F.silu(self.norm(h)))
 
-# %% ../nbs/03c_diffusion.ipynb #f3f71f40
+# %% ../nbs/03c_diffusion.ipynb #5fc70803
 def check_maps(shape, patch: int, channels: list):
     "`SettingError` if an image of this shape cannot be folded and halved as asked; says what can."
     parts, sides = patch*2**(len(channels) - 1), shape[1:]
     if not any(n % parts for n in sides): return
-    fits = [f'{k} map sizes with patch = {p}' for p in (1, 2, 4) for k in (4, 3, 2, 1) if k <= len(channels) and not any(n % (p*2**(k - 1)) for n in sides)]
-    raise SettingError(f'diffusion.patch = {patch} with {len(channels)} map sizes (diffusion.channels = {channels}) needs sides that are multiples of '
-                       f'{parts}, the images have {sides[0]}x{sides[1]}: these go: {"; ".join(fits[:4])}, or another splits.size')
+    fits = [f'{k} map sizes with patch = {p}' for p in (1, 2, 4) for k in (4, 3, 2, 1)
+            if k <= len(channels) and not any(n % (p*2**(k - 1)) for n in sides)]
+    raise SettingError(f'diffusion.patch = {patch} with {len(channels)} map sizes (diffusion.channels = {channels}) needs sides that are '
+                       f'multiples of {parts}, the images have {sides[0]}x{sides[1]}: these go: {"; ".join(fits[:4])}, or another splits.size')
 
 def new_unet(shape, classes: int, channels: list, layers: int, attention: int, dropout: float):
     "diffusers' U-Net for images of this shape (N×C×H×W after folding)."
     from diffusers import UNet2DModel
     g, sees = groups_of(channels), [max(shape[1:])//2**i <= attention for i in range(len(channels))]
-    if any(sees) and min(c for c, on in zip(channels, sees) if on) < 8: raise SettingError(f'diffusion.channels = {channels}: attention needs at least 8')
+    if any(on and c < 8 for c, on in zip(channels, sees)):
+        raise SettingError(f'diffusion.channels = {channels}: attention needs at least 8')
     return UNet2DModel(
         tuple(shape[1:]), shape[0], shape[0], down_block_types=tuple('AttnDownBlock2D' if on else 'DownBlock2D' for on in sees),
         up_block_types=tuple('AttnUpBlock2D' if on else 'UpBlock2D' for on in reversed(sees)), block_out_channels=tuple(channels),
@@ -346,26 +349,29 @@ def denoise(
         else: z = move(z, x, here, there)
         before = here_x
 
-# %% ../nbs/03c_diffusion.ipynb #6b3b0deb
+# %% ../nbs/03c_diffusion.ipynb #732a63d5
 def check_guidance(guidance: float, label_drop: float):
     "`SettingError` for guidance that cannot be, or that the network was not trained for."
     if not (guidance == 0 or 1 <= guidance <= 100):
-        raise SettingError(f'guidance = {guidance}: 1 (or 0) is off, above 1, up to 100, exaggerates the label; the nearest is {1 if guidance < 1 else 100}')
+        raise SettingError(f'guidance = {guidance}: 1 (or 0) is off, above 1, up to 100, exaggerates the label; '
+                           f'the nearest is {1 if guidance < 1 else 100}')
     if guidance > 1 and not label_drop:
-        raise SettingError(f'guidance = {guidance} needs a network that was also trained without labels: set diffusion.label_drop = 0.1, or guidance = 1')
+        raise SettingError(f'guidance = {guidance} needs a network that was also trained without labels: '
+                           'set diffusion.label_drop = 0.1, or guidance = 1')
 
 def check_dials(d: dict, label_drop: float):
     "`SettingError` for dials that cannot be."
-    if type(d['steps']) is not int or not 1 <= d['steps'] <= TABLE: raise SettingError(f'steps = {d["steps"]}: a whole number from 1 to {TABLE}, such as 10')
+    if type(d['steps']) is not int or not 1 <= d['steps'] <= TABLE:
+        raise SettingError(f'steps = {d["steps"]}: a whole number from 1 to {TABLE}, such as 10')
     if d['sampler'] not in SAMPLERS: raise SettingError(f'sampler = {d["sampler"]!r}; {nearest(d["sampler"], SAMPLERS)}')
     check_guidance(d['guidance'], label_drop)
 
-# %% ../nbs/03c_diffusion.ipynb #97537d9e
+# %% ../nbs/03c_diffusion.ipynb #a44db5dc
 class DiffusionGenerator(Generator):
     "A trained diffusion model. Dials: `steps`, `sampler` (of SAMPLERS), `guidance` (1 = off), `std` of the first noise (see `turned`)."
     family, dials = 'synthlit.diffusion:DiffusionGenerator', dict(steps=10, sampler='multistep', guidance=1., std=1.)
     def __init__(self, net: nn.Module, classes: list, shape, trained: list, made: dict, device='cpu'):
-        self.net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # one layout, so that bits do not depend on training's
+        self.net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # one layout, so one set of bits
         self.classes, self.shape, self.trained, self.made, self.device = list(classes), tuple(shape), list(trained), dict(made), device
         self.dials = {**type(self).dials, **made['dials']}
     def state(self) -> tuple: return self.net.state_dict(), dict(made=self.made)
@@ -378,6 +384,7 @@ class DiffusionGenerator(Generator):
         return cls(net, meta['classes'], meta['shape'], meta['trained'], made, device)
     @property
     def flops(self) -> int:
+        "Of an image as the dials' defaults draw it."
         one, d = torch.zeros(1), self.dials
         passes = (d['steps'] - 1)*SAMPLERS[d['sampler']] + 1
         return forward_flops(self.net, torch.zeros(1, *self.shape), one, one.long())*passes*(1 + (d['guidance'] > 1))
@@ -414,7 +421,7 @@ def as_diffusion(s: DiffusionState, classes: list, shape, trained: list) -> Diff
                 dials=dict(steps=c.sample_steps, sampler=c.sampler, guidance=c.guidance))
     return DiffusionGenerator(copy.deepcopy(s.E), classes, shape, trained, made, s.machine['device'])
 
-# %% ../nbs/03c_diffusion.ipynb #613fcf04
+# %% ../nbs/03c_diffusion.ipynb #ff478dce
 class DiffusionWatcher(Watcher):
     "A GAN's `Watcher` for a diffusion model: the same measures and pictures, and the loss on val and on training images at fixed noise."
     advice = 'Try a smaller lr or more steps; diffusion.collapse = 0 never stops'
@@ -428,7 +435,7 @@ class DiffusionWatcher(Watcher):
 def judged_loss(s: DiffusionState, batch: tuple) -> float:
     "Loss of the averaged network, labels shown, at noise that is always the same."
     x, y = to_device(batch[0], s.machine), batch[1]
-    mixed = torch.from_numpy(rng(s.cfg.seed, 'diffusion.judge.order').permutation(len(y)))  # levels are spread in order, and these batches are sorted by class
+    mixed = torch.from_numpy(rng(s.cfg.seed, 'diffusion.judge.order').permutation(len(y)))  # levels go up, and these batches are sorted by class
     d = noised(s, x[mixed.to(x.device)], y[mixed], 'diffusion.judge', 0, 0.)
     return sum(denoising_loss(s, s.E, Noised(*[v[i:i + 64] for v in d])).item()*len(d.y[i:i + 64]) for i in range(0, len(y), 64))/len(y)
 
