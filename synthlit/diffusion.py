@@ -93,7 +93,7 @@ class DiffusionConfig:
         "What is needed to build the network again."
         return {k: getattr(self, k) for k in ('network', 'channels', 'layers', 'patch', 'attention', 'dropout')}
 
-# %% ../nbs/03c_diffusion.ipynb #3d3a95e9
+# %% ../nbs/03c_diffusion.ipynb #57c8c486
 DIFFUSION_PRESETS = dict(
     # rows for data sets
     tiny=dict(channels=[24, 48], steps=400, batch=32, eval_every=200, n_eval=30, warmup=20, lr=2e-3),
@@ -104,7 +104,8 @@ DIFFUSION_PRESETS = dict(
         network='unet', channels=[128, 256, 256, 256], layers=2, attention=16, dropout=0.1, batch=128, steps=400000, lr=2e-4, warmup=5000, ema=.9999,
         eval_every=20000, n_eval=500, sample_steps=25, flip=True),
     smoke=dict(
-        channels=[8, 8], layers=1, patch=1, attention=0, steps=2, epochs=None, warmup=0, batch=4, accumulate=1, eval_every=2, n_eval=2, sample_steps=2),
+        channels=[8, 8], layers=1, patch=1, attention=0, steps=2, epochs=None, warmup=0, batch=4, accumulate=1, eval_every=2,
+        n_eval=2, sample_steps=2),
     # rows for image sides
     small=dict(patch=2, channels=[32, 64], layers=2, steps=12000, eval_every=3000, label_drop=.05, flip=True),
     px8=dict(channels=[64, 128], layers=2, steps=20000, eval_every=2000),
