@@ -6,8 +6,8 @@
 __all__ = ['GAN_PRESETS', 'GanConfig', 'study', 'GanGenerator', 'Packs', 'Shuffled', 'GanState', 'standing_statistics', 'Look',
            'look', 'fakes', 'seen', 'reader', 'target', 'penalties', 'unlabelled', 'd_objective', 'g_objective',
            'share_gradients', 'd_update', 'g_update', 'gan_step', 'at_rest', 'judge', 'as_generator', 'Watcher',
-           'new_batches', 'finish_first', 'check_finite', 'set_reference', 'train_gan', 'start_processes', 'work_gan',
-           'stage_splits', 'run_gan', 'finish_gan']
+           'new_batches', 'finish_first', 'check_finite', 'set_reference', 'keep_training', 'train_gan',
+           'start_processes', 'work_gan', 'stage_splits', 'run_gan', 'finish_gan', 'finish_watched']
 
 # %% ../../nbs/03b_gan_training.ipynb #15d896e0
 import copy, math, os, signal, threading, warnings
@@ -418,7 +418,7 @@ def gan_step(
     s.average(step)
     return loss_d, loss_g
 
-# %% ../../nbs/03b_gan_training.ipynb #17f400c8
+# %% ../../nbs/03b_gan_training.ipynb #008050fc
 @contextmanager
 def at_rest(net: nn.Module):
     "The network in evaluation mode inside the block; each of its modules is as it was after (in fine-tuning some rest while others train)."
@@ -447,30 +447,33 @@ def as_generator(s: GanState, split: Split, trained: list) -> GanGenerator:
 
 class Watcher:
     "Called every `eval_every` steps: measures, logs, draws, and keeps what is best so far."
-    def __init__(self, stage: Stage, cfg: GanConfig, val: Split, classifier, trained: list, watched: list, watch=None):
+    def __init__(self, stage: Stage, cfg, val: Split, classifier, trained: list, watched: list, watch=None):
         self.stage, self.cfg, self.val, self.trained, self.watched = stage, cfg, val, trained, watched
         self.watch = watch or Watch(val, classifier, watched, cfg.n_eval, cfg.inception)  # generator -> measures, `frechet` among them
         self.batches = new_batches(cfg, val, watched, min(256, len(val)//cfg.pack*cfg.pack), stage.device, True)
-    def __call__(self, s: GanState, step: int):
+    advice = 'Try gan.pack = 2, another loss or smaller rates; gan.collapse = 0 never stops'
+    def generator(self, s) -> Generator: return as_generator(s, self.val, self.trained)
+    def judge(self, s, g) -> dict: return judge(s, self.batches, g.net)
+    def __call__(self, s, step: int):
         "Measure the state after `step` steps."
-        g, c, history = as_generator(s, self.val, self.trained), self.cfg, self.stage.history
+        g, c, history = self.generator(s), self.cfg, self.stage.history
         best = min((r['frechet'] for r in history.rows if r.get('frechet') is not None), default=float('inf'))
         now = self.watch(g)
-        history.log(step, **now, **judge(s, self.batches, g.net))
+        history.log(step, **now, **self.judge(s, g))
         history.picture(step, shown := picture(g, self.val, self.watched)), save_picture(self.stage.dir/'pictures', step, shown)
         if now['frechet'] < best: g.save(self.stage.dir)
         if c.keep_every and step and step % c.keep_every == 0: g.save(self.stage.dir/'steps'/f'{step:09d}')
         if reason := collapsed(history.rows, c.collapse):
             history.save()
-            raise RuntimeError(f'{self.stage.dir.name} stopped at step {step}: {reason}. The best generator and the last checkpoint are kept. '
-                               'Try gan.pack = 2, another loss or smaller rates; gan.collapse = 0 never stops')
+            raise RuntimeError(f'{self.stage.dir.name} stopped at step {step}: {reason}. '
+                               f'The best generator and the last checkpoint are kept. {self.advice}')
 
-def new_batches(cfg: GanConfig, split: Split, labels: list, batch: int, device, balanced=None):
+def new_batches(cfg, split: Split, labels: list, batch: int, device, balanced=None):
     "The kind of batches that the settings ask for."
     if cfg.balanced if balanced is None else balanced: return Packs(split, labels, batch, cfg.pack, cfg.seed, device)
     return Shuffled(split, batch, cfg.seed, device)
 
-# %% ../../nbs/03b_gan_training.ipynb #3a85d093
+# %% ../../nbs/03b_gan_training.ipynb #a1f5d589
 @contextmanager
 def finish_first():
     "Yields a list that is empty until Ctrl-C is pressed; a second Ctrl-C interrupts at once."
@@ -484,13 +487,13 @@ def finish_first():
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
-def check_finite(stage: Stage, step: int, losses: tuple):
+def check_finite(stage: Stage, step: int, losses, advice: str):
     "Stop at a loss that is not a number, and say what is kept."
     if all(torch.isfinite(l) for l in losses): return
     if rank_and_world()[0] == 0: stage.history.save()
     kept = [p.stem[5:].lstrip('0') for p in stage.checkpoints.paths()]
-    raise FloatingPointError(f'{stage.dir.name}: the loss is not a number at step {step}; the checkpoint of step {kept[-1] if kept else 0} is kept. '
-                             'Try a smaller lr_g and lr_d')
+    raise FloatingPointError(f'{stage.dir.name}: the loss is not a number at step {step}; '
+                             f'the checkpoint of step {kept[-1] if kept else 0} is kept. {advice}')
 
 def set_reference(s: GanState, batches):
     "Virtual batch norm in the discriminator: its reference is the first images of the training, chosen once."
@@ -500,6 +503,31 @@ def set_reference(s: GanState, batches):
     x, y = to_device(torch.cat([b[0] for b in drawn]), s.machine), torch.cat([b[1] for b in drawn]).to(s.machine['device'])
     D.set_reference((s.D.stack(x) if D is not s.D else x)[:n], y[::s.cfg.pack][:n])
 
+def keep_training(
+    s,  # what a step changes: has `cfg`, `state()` and `load(state)`
+    one_step,  # step -> {name: loss}
+    total: int,  # steps
+    stage: Stage,  # its checkpoints, history and progress
+    watching,  # function (s, step) called every eval_every steps: a `Watcher`
+    fresh=None,  # called before the first step of a training that has no checkpoint
+    advice: str = 'Try a smaller lr_g and lr_d',  # where a loss is not a number
+):
+    "The loop of every generator: step, log, watch, checkpoint; goes on from the stage's last checkpoint."
+    start, state = stage.checkpoints.load()
+    if state: s.load(state)
+    elif fresh: fresh()
+    stage.history.cut(start)
+    lead, c = rank_and_world()[0] == 0, s.cfg
+    with finish_first() as asked:
+        for step in stage.track(range(start, total), total, start, stage.dir.name):
+            losses, done = one_step(step), step + 1
+            log, look_at_val, keep = [done % n == 0 or done == total for n in (c.log_every, c.eval_every, min(500, c.eval_every))]
+            if log or keep or asked: check_finite(stage, done, losses.values(), advice)  # no checkpoint of networks that are lost
+            if log: stage.history.log(done, **losses)
+            if lead and look_at_val: watching(s, done)
+            if lead and (keep or asked): stage.history.save(), stage.checkpoints.save(done, s.state())
+            if asked: raise KeyboardInterrupt(f'{stage.dir.name} stopped after step {done}, saved; the same command goes on from here')
+
 def train_gan(
     s: GanState,
     batches,  # number -> (uint8 images, labels)
@@ -507,20 +535,9 @@ def train_gan(
     stage: Stage,  # its checkpoints, history and progress
     watching,  # function (GanState, step) called every eval_every steps: a `Watcher`
 ):
-    "The loop: step, log, watch, checkpoint; goes on from the stage's last checkpoint."
-    start, state = stage.checkpoints.load()
-    s.load(state) if state else set_reference(s, batches)
-    stage.history.cut(start)
-    lead, c = rank_and_world()[0] == 0, s.cfg
-    with finish_first() as asked:
-        for step in stage.track(range(start, total), total, start, stage.dir.name):
-            losses, done = gan_step(s, batches, step, total), step + 1
-            log, look_at_val, keep = [done % n == 0 or done == total for n in (c.log_every, c.eval_every, min(500, c.eval_every))]
-            if log or keep or asked: check_finite(stage, done, losses)  # no checkpoint of networks that are lost
-            if log: stage.history.log(done, loss_d=losses[0], loss_g=losses[1])
-            if lead and look_at_val: watching(s, done)
-            if lead and (keep or asked): stage.history.save(), stage.checkpoints.save(done, s.state())
-            if asked: raise KeyboardInterrupt(f'{stage.dir.name} stopped after step {done}, saved; the same command goes on from here')
+    "Train a GAN, from the stage's last checkpoint where there is one."
+    one = lambda step: dict(zip(('loss_d', 'loss_g'), gan_step(s, batches, step, total)))
+    keep_training(s, one, total, stage, watching, lambda: set_reference(s, batches))
 
 # %% ../../nbs/03b_gan_training.ipynb #8de59d0b
 def start_processes(machine: dict):
@@ -539,7 +556,7 @@ def work_gan(cfg: GanConfig, facts: dict) -> dict:
     disk = 2*(4*g + 3*d) + (2 + kept)*g + d + 5e6  # two checkpoints (average and Adam's moments too), best, last and kept generators; pictures
     return dict(gan=total*cfg.batch, sample=total//cfg.eval_every*cfg.n_eval*facts['classes'], disk=disk)
 
-# %% ../../nbs/03b_gan_training.ipynb #7a4c09f6
+# %% ../../nbs/03b_gan_training.ipynb #9420a33e
 def stage_splits(stage: Stage) -> tuple:
     "(train, val, real classifier) of a stage's inputs."
     folder = stage.input('splits')
@@ -558,9 +575,13 @@ def run_gan(stage: Stage) -> dict:
     return finish_gan(s, stage, part, total, labels)
 
 def finish_gan(s: GanState, stage: Stage, part: Split, total: int, labels: list, saw=(), **more) -> dict:
-    "Save the last networks (what fine-tuning starts from), the film, and the result from the history: the best evaluation and where it was."
+    "Save the last networks (what fine-tuning starts from), the film and the result."
     as_generator(s, part, labels).save(stage.dir/'last')
     save_tensors(stage.dir/'last'/'discriminator.safetensors', s.D.state_dict())
+    return finish_watched(stage, part, total, labels, saw, **more)
+
+def finish_watched(stage: Stage, part: Split, total: int, labels: list, saw=(), **more) -> dict:
+    "Save the film and the result from the history: the best evaluation and where it was."
     animate(stage.dir/'pictures', stage.dir/'film.png')
     rows = [r for r in stage.history.rows if r.get('frechet') is not None]
     best = min(rows, key=lambda r: r['frechet'])
