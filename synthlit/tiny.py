@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'PARTS', 'TINY_PRESETS', 'LOSSES', 'TinyConfig', 'joined', 'word_merges', 'make_tokenizer',
            'make_text_encoder', 'make_image_encoder', 'make_image_processor', 'make_vae', 'make_unet', 'make_scheduler',
-           'quietly', 'assemble', 'random_pipeline', 'open_pipeline', 'Captioned', 'captioned', 'numbers_of',
+           'quietly', 'assemble', 'random_pipeline', 'open_pipeline', 'draw', 'Captioned', 'captioned', 'numbers_of',
            'encode_text', 'TinyState', 'latent_of', 'vae_loss', 'latent_scale', 'clip_loss', 'class_embeddings',
-           'image_embeddings', 'zero_shot', 'unet_loss', 'tiny_step', 'as_pipeline', 'draw', 'TinyWatch', 'reconstruct',
-           'psnr', 'tile', 'samples', 'train_tiny', 'check_loss', 'token_scale', 'as_clip', 'save_pipeline',
-           'work_tiny', 'run_tiny', 'finish_tiny']
+           'image_embeddings', 'zero_shot', 'unet_loss', 'tiny_step', 'as_pipeline', 'TinyWatch', 'reconstruct', 'psnr',
+           'tile', 'samples', 'train_tiny', 'check_loss', 'token_scale', 'as_clip', 'save_pipeline', 'work_tiny',
+           'run_tiny', 'finish_tiny']
 
 # %% ../nbs/03c1_tiny.ipynb #a292dec6
 import copy, json, math, shutil
@@ -218,6 +218,14 @@ def open_pipeline(folder):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../nbs/03c1_tiny.ipynb #e2827cc2
+def draw(pipe, prompts: list, numbers, seed: int = 0, **how) -> torch.Tensor:
+    "uint8 images of prompts, the noise of each at its own number."
+    c = pipe.unet.config
+    z = torch.cat([randn((1, c.in_channels, c.sample_size, c.sample_size), seed, 'tiny.sample', int(n)) for n in numbers])
+    x = pipe(list(prompts), latents=z.to(pipe.device), output_type='pt', **how).images
+    return to_bytes(x*2 - 1).cpu()
+
 # %% ../nbs/03c1_tiny.ipynb #265221de
 @dataclass
 class Captioned:
@@ -381,17 +389,10 @@ def tiny_step(s: TinyState, batches, i: int, n: int) -> torch.Tensor:
     if s.part == 'unet': s.average(i)
     return loss.detach()
 
-# %% ../nbs/03c1_tiny.ipynb #85fba174
+# %% ../nbs/03c1_tiny.ipynb #87b19fa9
 def as_pipeline(s: TinyState):
     "The state as a `StableDiffusionPipeline`; the U-Net is the average. It shares the state's networks."
     return assemble(s.tokenizer, s.nets['text'], s.nets['image'], s.nets['vae'], s.nets['ema'], s.scheduler, s.cfg.size)
-
-def draw(pipe, prompts: list, numbers, seed: int = 0, **how) -> torch.Tensor:
-    "uint8 images of prompts, the noise of each at its own number."
-    c = pipe.unet.config
-    z = torch.cat([randn((1, c.in_channels, c.sample_size, c.sample_size), seed, 'tiny.sample', int(n)) for n in numbers])
-    x = pipe(list(prompts), latents=z.to(pipe.device), output_type='pt', **how).images
-    return to_bytes(x*2 - 1).cpu()
 
 # %% ../nbs/03c1_tiny.ipynb #b45d295f
 class TinyWatch:
