@@ -11,18 +11,19 @@ __all__ = ['TEMPLATES', 'PARTS', 'TINY_PRESETS', 'LOSSES', 'TinyConfig', 'joined
            'tile', 'samples', 'train_tiny', 'check_loss', 'token_scale', 'as_clip', 'save_pipeline', 'work_tiny',
            'run_tiny', 'finish_tiny']
 
-# %% ../nbs/03c1_tiny.ipynb #a292dec6
+# %% ../nbs/03c1_tiny.ipynb #abbcd905
 import copy, json, math, shutil
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
 from .core import (
-    SettingError, Stage, digest, file_digest, global_rng, nearest, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said, save_json, show_grid)
+    SettingError, Stage, digest, file_digest, global_rng, nearest, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said,
+    save_json, show_grid)
 from .data import fit_image
 from .splits import Split, load_split
 from .augment import shift_flip, to_bytes, to_float
@@ -30,7 +31,7 @@ from .classifier import laid_out, to_device
 from .gan.watch import animate, save_picture
 from .gan.train import Shuffled, finish_first
 
-# %% ../nbs/03c1_tiny.ipynb #68d280c2
+# %% ../nbs/03c1_tiny.ipynb #1940109f
 TEMPLATES = ['a photo of a {}', 'photo of {}', 'a picture of a {}', 'an image of a {}', 'a small photo of the {}', '{}, photo', '{}']
 
 @dataclass
@@ -79,8 +80,10 @@ class TinyConfig:
         if self.size % self.patch:
             raise SettingError(f'tiny.patch = {self.patch} does not divide tiny.size = {self.size}; try {math.gcd(self.patch, self.size)}')
         for k in ('vae_widths', 'unet_widths'):
-            if odd := [w for w in getattr(self, k) if w % 8]: raise SettingError(f'tiny.{k}: {odd[0]} must be a multiple of 8; try {max(8, round(odd[0]/8)*8)}')
-        if bare := [t for t in self.templates if '{}' not in t]: raise SettingError(f'tiny.templates: {bare[0]!r} has no {{}} for the name of the class')
+            if odd := [w for w in getattr(self, k) if w % 8]:
+                raise SettingError(f'tiny.{k}: {odd[0]} must be a multiple of 8; try {max(8, round(odd[0]/8)*8)}')
+        if bare := [t for t in self.templates if '{}' not in t]:
+            raise SettingError(f'tiny.templates: {bare[0]!r} has no {{}} for the name of the class')
     def at(self, step: int) -> tuple:
         "(part, its own step, its steps) at an update of the whole training."
         for part in PARTS:
@@ -92,9 +95,10 @@ class TinyConfig:
 
 PARTS = ('vae', 'clip', 'unet')  # in the order in which they are trained
 
-# %% ../nbs/03c1_tiny.ipynb #a64395f7
+# %% ../nbs/03c1_tiny.ipynb #ed10c11d
 TINY_PRESETS = dict(
-    tiny=dict(size=16, context=12, text_width=32, text_layers=1, image_width=32, image_layers=2, vae_widths=[8, 16, 16], latent=8, unet_widths=[32, 48],
+    tiny=dict(size=16, context=12, text_width=32, text_layers=1, image_width=32, image_layers=2, vae_widths=[8, 16, 16], latent=8,
+              unet_widths=[32, 48],
               steps_vae=250, steps_clip=150, steps_unet=400, flip=False, shift=1, eval_every=200, n_eval=200, sample_steps=10),
     digits=dict(size=16, vae_widths=[16, 32], steps_vae=1000, steps_clip=1000, steps_unet=4000, flip=False, shift=1),
     fashion_mnist={},
@@ -226,7 +230,7 @@ def draw(pipe, prompts: list, numbers, seed: int = 0, **how) -> torch.Tensor:
     x = pipe(list(prompts), latents=z.to(pipe.device), output_type='pt', **how).images
     return to_bytes(x*2 - 1).cpu()
 
-# %% ../nbs/03c1_tiny.ipynb #265221de
+# %% ../nbs/03c1_tiny.ipynb #e9cfde88
 @dataclass
 class Captioned:
     "Images with the names of their classes, as the pipeline takes them."
@@ -243,11 +247,11 @@ def captioned(s: Split, size: int, without: list) -> Captioned:
 
 def numbers_of(names: str, classes: list) -> list:
     "Numbers of the classes that are named, separated by commas."
-    classes, names = [str(c) for c in classes], {n.strip() for n in names.split(',') if n.strip()}
-    for n in sorted(names):
+    classes, asked = [str(c) for c in classes], {n.strip() for n in names.split(',') if n.strip()}
+    for n in sorted(asked):
         if n not in classes: raise SettingError(f'tiny.held_out: there is no class {n!r}; {nearest(n, classes)}')
-    if names and len(names) >= len(classes) - 1: raise SettingError(f'tiny.held_out: {len(names)} of {len(classes)} classes; at least two must stay')
-    return sorted(classes.index(n) for n in names)
+    if asked and len(asked) >= len(classes) - 1: raise SettingError(f'tiny.held_out: {len(asked)} of {len(classes)} classes; at least two must stay')
+    return sorted(classes.index(n) for n in asked)
 
 @torch.no_grad()
 def encode_text(tokenizer, text_encoder, texts: list):
@@ -255,7 +259,7 @@ def encode_text(tokenizer, text_encoder, texts: list):
     ids = tokenizer(list(texts), padding='max_length', truncation=True, max_length=tokenizer.model_max_length, return_tensors='pt')['input_ids']
     return text_encoder(ids.to(text_encoder.device))
 
-# %% ../nbs/03c1_tiny.ipynb #f4ad7f71
+# %% ../nbs/03c1_tiny.ipynb #2dc24500
 class TinyState:
     "All networks, the U-Net's moving average, and the optimiser of the part that is being trained."
     def __init__(self, cfg: TinyConfig, classes: list, machine: dict):
@@ -268,7 +272,9 @@ class TinyState:
         self.nets = {k: self.made(k, f) for k, f in make.items()}
         self.nets |= dict(ema=copy.deepcopy(self.nets['unet']), scale=nn.ParameterList([torch.tensor(math.log(1/.07))]).to(machine['device']))
         for net in self.nets.values(): net.requires_grad_(False)
-        self.part, self.opt, self.table = '', None, None
+        self.part = ''
+        self.opt: Any = None  # of the part that is being trained
+        self.table: Any = None  # the text tower's output: of no caption, of every class's captions
     def made(self, name: str, make) -> nn.Module:
         "A network with its weights drawn at its own address."
         with global_rng(self.cfg.seed, f'tiny.init.{name}'): net = make()
@@ -313,7 +319,7 @@ class TinyState:
         keep = min(self.cfg.ema, (1 + i)/(10 + i))
         torch._foreach_lerp_([*self.nets['ema'].parameters()], [*self.nets['unet'].parameters()], 1 - keep)
 
-# %% ../nbs/03c1_tiny.ipynb #941f9b75
+# %% ../nbs/03c1_tiny.ipynb #c5352c8c
 def latent_of(s: TinyState, x: torch.Tensor, stream: str, step: int) -> torch.Tensor:
     "A draw from the VAE's posterior of images, unscaled; also the posterior."
     q = s.nets['vae'].encode(x).latent_dist
@@ -329,7 +335,8 @@ def vae_loss(s: TinyState, x: torch.Tensor, y: torch.Tensor, i: int) -> torch.Te
 def latent_scale(s: TinyState, train: Captioned, n: int = 1024) -> float:
     "The factor that makes the mean square of training latents 1, from a few images at an address."
     rows = torch.from_numpy(rng(s.cfg.seed, 'tiny.scale').permutation(len(train))[:n])
-    square = [latent_of(s, to_device(train.images[r], s.machine), 'tiny.scale.z', i)[0].square().mean(dim=(1, 2, 3)) for i, r in enumerate(rows.split(128))]
+    square = [latent_of(s, to_device(train.images[r], s.machine), 'tiny.scale.z', i)[0].square().mean(dim=(1, 2, 3))
+              for i, r in enumerate(rows.split(128))]
     return float(torch.cat(square).mean().rsqrt())
 
 # %% ../nbs/03c1_tiny.ipynb #7f89fe0e
@@ -360,8 +367,16 @@ def zero_shot(tokenizer, text_encoder, image_encoder, images: torch.Tensor, clas
     text = class_embeddings(tokenizer, text_encoder, classes, templates)
     return (image_embeddings(image_encoder, images, machine)@text.T).argmax(1).cpu()
 
-# %% ../nbs/03c1_tiny.ipynb #a285af6e
-def unet_loss(s: TinyState, x: torch.Tensor, y: torch.Tensor, i: int, net: str = 'unet', stream: str = 'tiny.unet', drop: float | None = None) -> torch.Tensor:
+# %% ../nbs/03c1_tiny.ipynb #0d740c1a
+def unet_loss(
+    s: TinyState,
+    x: torch.Tensor,  # N×3×H×W images in [-1, 1]
+    y: torch.Tensor,  # N labels
+    i: int,  # number of the draw
+    net: str = 'unet',  # or the average: ema
+    stream: str = 'tiny.unet',  # where its randomness is addressed
+    drop: float | None = None,  # share of empty captions; None = the setting
+) -> torch.Tensor:
     "Mean squared error of what the U-Net says of noised latents, some of their captions left empty."
     r, (empty, table) = rng(s.cfg.seed, stream, i), s.table
     which, t, blank = [torch.from_numpy(a).to(x.device) for a in (
@@ -394,7 +409,7 @@ def as_pipeline(s: TinyState):
     "The state as a `StableDiffusionPipeline`; the U-Net is the average. It shares the state's networks."
     return assemble(s.tokenizer, s.nets['text'], s.nets['image'], s.nets['vae'], s.nets['ema'], s.scheduler, s.cfg.size)
 
-# %% ../nbs/03c1_tiny.ipynb #b45d295f
+# %% ../nbs/03c1_tiny.ipynb #90846a9c
 class TinyWatch:
     "Looks at val in the way of each part: reconstructions, zero-shot answers, denoising and samples."
     def __init__(self, stage: Stage, val: Captioned):
@@ -417,7 +432,8 @@ class TinyWatch:
     def unet(self, s: TinyState) -> tuple:
         "Denoising loss of the average at addresses of val, and samples, a column per class."
         parts = [self.val.images.split(64), self.val.labels.split(64)]
-        losses = [len(y)*unet_loss(s, to_device(x, s.machine), y.to(s.machine['device']), i, 'ema', 'tiny.judge', 0.) for i, (x, y) in enumerate(zip(*parts))]
+        losses = [len(y)*unet_loss(s, to_device(x, s.machine), y.to(s.machine['device']), i, 'ema', 'tiny.judge', 0.)
+                  for i, (x, y) in enumerate(zip(*parts))]
         return dict(val_loss=sum(losses)/self.n), tile(samples(s, self.val, rows=4), 4)
 
 @torch.no_grad()
@@ -440,13 +456,14 @@ def samples(s: TinyState, val: Captioned, rows: int) -> torch.Tensor:
     prompts = [s.cfg.templates[0].format(s.classes[c]) for c in cols]*rows
     return draw(as_pipeline(s), prompts, range(len(prompts)), s.cfg.seed, num_inference_steps=s.cfg.sample_steps, guidance_scale=s.cfg.guidance)
 
-# %% ../nbs/03c1_tiny.ipynb #c5bbedc3
+# %% ../nbs/03c1_tiny.ipynb #c0dce47e
 def train_tiny(s: TinyState, train: Captioned, stage: Stage, watch):
     "The loop over all parts: step, log, watch, checkpoint; goes on from the stage's last checkpoint."
     c, (start, state) = s.cfg, stage.checkpoints.load()
     s.load(state, train) if state else None
     stage.history.cut(start)
-    batches = {p: Shuffled(train, getattr(c, f'batch_{p}'), c.seed, stage.device, f'tiny.{p}.order') for p in PARTS}
+    sets: Any = train  # has what is asked of a split there: images, labels, length
+    batches = {p: Shuffled(sets, getattr(c, f'batch_{p}'), c.seed, stage.device, f'tiny.{p}.order') for p in PARTS}
     with finish_first() as asked:
         for step in stage.track(range(start, c.total), c.total, start, stage.dir.name):
             part, i, n = c.at(step)
@@ -463,7 +480,8 @@ def check_loss(stage: Stage, part: str, step: int, loss: torch.Tensor):
     "Stop at a loss that is not a number."
     if torch.isfinite(loss): return
     stage.history.save()
-    raise FloatingPointError(f'{stage.dir.name}: the loss of the {part} is not a number at step {step}; the last checkpoint is kept. Try a smaller lr_{part}')
+    raise FloatingPointError(f'{stage.dir.name}: the loss of the {part} is not a number at step {step}; the last checkpoint is kept. '
+                             f'Try a smaller lr_{part}')
 
 # %% ../nbs/03c1_tiny.ipynb #a797b22d
 @torch.no_grad()
