@@ -1,11 +1,15 @@
 """What all tests share: homes of their own, one thread, and one small finished run."""
 
+import io
 import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+
+from synthlit.data import subsets
 
 TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a minute, most of it kernels starting
     "name": "tiny",
@@ -69,3 +73,16 @@ def tiny_run(home, tmp_path_factory):
 def tiny_copy(tiny_run, tmp_path):
     """The finished run in a folder of the test's own: a run folder may be moved."""
     return shutil.copytree(tiny_run.run, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory):
+    """An ImageNet folder of one grey image, thousands of times."""
+    folder, png = tmp_path_factory.mktemp("imagenet"), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "png")
+    for wnid in {c["wnid"] for name in ("imagenette", "imagenet100") for c in subsets()[name]["classes"]}:
+        for part, n in (("train", 70), ("val", 2)):
+            (folder / part / wnid).mkdir(parents=True)
+            for i in range(n):
+                (folder / part / wnid / f"{i}.png").write_bytes(png.getvalue())
+    return folder

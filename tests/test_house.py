@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import io
 import json
 import re
 import subprocess
@@ -10,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from synthlit.core import STAGES, field_help, notebooks_dir, resolve, stage_parts
-from synthlit.data import subsets
 from synthlit.pipeline import only_imports, plan, preflight, read_params
 
 TOP = Path(__file__).resolve().parent.parent
@@ -201,23 +198,9 @@ def test_each_module_comes_from_a_notebook():
 PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 
 
-def few_images(folder: Path) -> Path:
-    """An ImageNet of one grey image, a thousand times."""
-    png = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(png, "png")
-    for part in ("train", "val"):
-        for wnid in {c["wnid"] for name in ("imagenette", "imagenet100") for c in subsets()[name]["classes"]}:
-            (folder / part / wnid).mkdir(parents=True)
-            for i in range(70 if part == "train" else 2):
-                (folder / part / wnid / f"{i}.png").write_bytes(png.getvalue())
-    return folder
-
-
 @pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
-def test_ready_experiments_are_valid_and_explained(path, tmp_path):
-    imagenet = (
-        [f"splits.dataset={few_images(tmp_path)}:{path.stem.split('_')[1]}"] if "image" in path.stem else []
-    )  # no download: a folder of one's own
+def test_ready_experiments_are_valid_and_explained(path, imagenet):
+    imagenet = [f"splits.dataset={imagenet}:{path.stem.split('_')[1]}"] if "image" in path.stem else []  # no download: a folder of one's own
     nodes = plan(read_params(path, imagenet))
     preflight(nodes)
     some = dict(
