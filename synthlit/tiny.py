@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'PARTS', 'TINY_PRESETS', 'LOSSES', 'TinyConfig', 'joined', 'word_merges', 'make_tokenizer',
            'make_text_encoder', 'make_image_encoder', 'make_image_processor', 'make_vae', 'make_unet', 'make_scheduler',
-           'quietly', 'assemble', 'random_pipeline', 'open_pipeline', 'draw', 'Captioned', 'captioned', 'numbers_of',
-           'encode_text', 'TinyState', 'latent_of', 'vae_loss', 'latent_scale', 'clip_loss', 'class_embeddings',
-           'image_embeddings', 'zero_shot', 'unet_loss', 'tiny_step', 'as_pipeline', 'TinyWatch', 'reconstruct', 'psnr',
-           'tile', 'samples', 'train_tiny', 'check_loss', 'token_scale', 'as_clip', 'save_pipeline', 'work_tiny',
-           'run_tiny', 'finish_tiny']
+           'quietly', 'assemble', 'random_pipeline', 'open_pipeline', 'draw', 'captioned', 'numbers_of', 'encode_text',
+           'TinyState', 'latent_of', 'vae_loss', 'latent_scale', 'clip_loss', 'class_embeddings', 'image_embeddings',
+           'zero_shot', 'unet_loss', 'tiny_step', 'as_pipeline', 'TinyWatch', 'reconstruct', 'psnr', 'tile', 'samples',
+           'train_tiny', 'check_loss', 'token_scale', 'as_clip', 'save_pipeline', 'work_tiny', 'run_tiny',
+           'finish_tiny']
 
-# %% ../nbs/03c1_tiny.ipynb #abbcd905
+# %% ../nbs/03c1_tiny.ipynb #13683de6
 import copy, json, math, shutil
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
@@ -31,7 +31,7 @@ from .classifier import laid_out, to_device
 from .gan.watch import animate, save_picture
 from .gan.train import Shuffled, finish_first
 
-# %% ../nbs/03c1_tiny.ipynb #1940109f
+# %% ../nbs/03c1_tiny.ipynb #b118e36f
 TEMPLATES = ['a photo of a {}', 'photo of {}', 'a picture of a {}', 'an image of a {}', 'a small photo of the {}', '{}, photo', '{}']
 
 @dataclass
@@ -78,7 +78,8 @@ class TinyConfig:
         if self.size % factor: raise SettingError(f'tiny.size = {self.size}: VAE and U-Net halve it {int(math.log2(factor))} times, so it must be a '
                                                   f'multiple of {factor}; try {max(factor, round(self.size/factor)*factor)}')
         if self.size % self.patch:
-            raise SettingError(f'tiny.patch = {self.patch} does not divide tiny.size = {self.size}; try {math.gcd(self.patch, self.size)}')
+            near = min((d for d in range(1, self.size + 1) if self.size % d == 0), key=lambda d: abs(d - self.patch))
+            raise SettingError(f'tiny.patch = {self.patch} does not divide tiny.size = {self.size}; try {near}')
         for k in ('vae_widths', 'unet_widths'):
             if odd := [w for w in getattr(self, k) if w % 8]:
                 raise SettingError(f'tiny.{k}: {odd[0]} must be a multiple of 8; try {max(8, round(odd[0]/8)*8)}')
@@ -95,11 +96,10 @@ class TinyConfig:
 
 PARTS = ('vae', 'clip', 'unet')  # in the order in which they are trained
 
-# %% ../nbs/03c1_tiny.ipynb #ed10c11d
+# %% ../nbs/03c1_tiny.ipynb #7564950c
 TINY_PRESETS = dict(
     tiny=dict(size=16, context=12, text_width=32, text_layers=1, image_width=32, image_layers=2, vae_widths=[8, 16, 16], latent=8,
-              unet_widths=[32, 48],
-              steps_vae=250, steps_clip=150, steps_unet=400, flip=False, shift=1, eval_every=200, n_eval=200, sample_steps=10),
+              unet_widths=[32, 48], steps_vae=250, steps_clip=150, steps_unet=400, flip=False, shift=1, eval_every=200, n_eval=200, sample_steps=10),
     digits=dict(size=16, vae_widths=[16, 32], steps_vae=1000, steps_clip=1000, steps_unet=4000, flip=False, shift=1),
     fashion_mnist={},
     mnist=dict(flip=False),
@@ -182,15 +182,17 @@ def make_scheduler(prediction: str = 'epsilon'):
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False,
                          steps_offset=1, prediction_type=prediction)
 
-# %% ../nbs/03c1_tiny.ipynb #739e2ea6
+# %% ../nbs/03c1_tiny.ipynb #668ea99e
 @contextmanager
 def quietly():
     "Without the bars that the libraries draw for each file."
-    from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+    shown = [m for m in (of_diffusers, of_transformers) if m.is_progress_bar_enabled()]
+    for m in shown: m.disable_progress_bar()
     try: yield
-    finally: logging.enable_progress_bar() if shown else None
+    finally:
+        for m in shown: m.enable_progress_bar()
 
 def assemble(tokenizer, text_encoder, image_encoder, vae, unet, scheduler, size: int):
     "The parts as one `diffusers.StableDiffusionPipeline`, without a safety checker."
@@ -230,28 +232,20 @@ def draw(pipe, prompts: list, numbers, seed: int = 0, **how) -> torch.Tensor:
     x = pipe(list(prompts), latents=z.to(pipe.device), output_type='pt', **how).images
     return to_bytes(x*2 - 1).cpu()
 
-# %% ../nbs/03c1_tiny.ipynb #e9cfde88
-@dataclass
-class Captioned:
-    "Images with the names of their classes, as the pipeline takes them."
-    images: torch.Tensor  # uint8 N×3×S×S
-    labels: torch.Tensor  # int64
-    classes: list  # names
-    def __len__(self): return len(self.labels)
-
-def captioned(s: Split, size: int, without: list) -> Captioned:
-    "A split's images at `size` in RGB, without some classes."
+# %% ../nbs/03c1_tiny.ipynb #0feeab3d
+def captioned(s: Split, size: int, without: list) -> Split:
+    "A split's images at `size` in RGB, without some classes, whose names are texts."
     s = s.only([i for i in range(len(s.classes)) if i not in without])
     x = s.images if s.images.shape[-2:] == (size, size) else torch.from_numpy(np.stack([fit_image(i, size) for i in s.images.numpy()]))
-    return Captioned(x.expand(-1, 3, -1, -1).contiguous(), s.labels, [str(c) for c in s.classes])
+    return replace(s, images=x.expand(-1, 3, -1, -1).contiguous(), classes=[str(c) for c in s.classes])
 
 def numbers_of(names: str, classes: list) -> list:
     "Numbers of the classes that are named, separated by commas."
-    classes, asked = [str(c) for c in classes], {n.strip() for n in names.split(',') if n.strip()}
-    for n in sorted(asked):
+    classes, out = [str(c) for c in classes], sorted({n.strip() for n in names.split(',') if n.strip()})
+    for n in out:
         if n not in classes: raise SettingError(f'tiny.held_out: there is no class {n!r}; {nearest(n, classes)}')
-    if asked and len(asked) >= len(classes) - 1: raise SettingError(f'tiny.held_out: {len(asked)} of {len(classes)} classes; at least two must stay')
-    return sorted(classes.index(n) for n in asked)
+    if out and len(out) >= len(classes) - 1: raise SettingError(f'tiny.held_out: {len(out)} of {len(classes)} classes; at least two must stay')
+    return sorted(classes.index(n) for n in out)
 
 @torch.no_grad()
 def encode_text(tokenizer, text_encoder, texts: list):
@@ -259,7 +253,7 @@ def encode_text(tokenizer, text_encoder, texts: list):
     ids = tokenizer(list(texts), padding='max_length', truncation=True, max_length=tokenizer.model_max_length, return_tensors='pt')['input_ids']
     return text_encoder(ids.to(text_encoder.device))
 
-# %% ../nbs/03c1_tiny.ipynb #2dc24500
+# %% ../nbs/03c1_tiny.ipynb #bad15918
 class TinyState:
     "All networks, the U-Net's moving average, and the optimiser of the part that is being trained."
     def __init__(self, cfg: TinyConfig, classes: list, machine: dict):
@@ -272,9 +266,9 @@ class TinyState:
         self.nets = {k: self.made(k, f) for k, f in make.items()}
         self.nets |= dict(ema=copy.deepcopy(self.nets['unet']), scale=nn.ParameterList([torch.tensor(math.log(1/.07))]).to(machine['device']))
         for net in self.nets.values(): net.requires_grad_(False)
-        self.part = ''
-        self.opt: Any = None  # of the part that is being trained
-        self.table: Any = None  # the text tower's output: of no caption, of every class's captions
+        self.part = ''  # `begin` says which is trained
+        self.opt: torch.optim.Optimizer
+        self.table: tuple  # of the text tower: what it makes of no text, 1×L×d; of each class in each template, C×T×L×d
     def made(self, name: str, make) -> nn.Module:
         "A network with its weights drawn at its own address."
         with global_rng(self.cfg.seed, f'tiny.init.{name}'): net = make()
@@ -283,14 +277,14 @@ class TinyState:
         "Parameters of the part that is being trained."
         of = dict(vae=['vae'], clip=['text', 'image', 'scale'], unet=['unet'])[self.part]
         return [p for k in of for p in self.nets[k].parameters()]
-    def begin(self, part: str, train: Captioned):
+    def begin(self, part: str, train: Split):
         "Make ready for a part: those before it are finished and rest."
         for net in self.nets.values(): net.requires_grad_(False)
         self.part = part
         for p in self.trained(): p.requires_grad_(True)
         self.opt = torch.optim.AdamW(self.trained(), 1e-3, (.9, .99), weight_decay=self.cfg.weight_decay, fused=True)
         if part == 'unet': self.measure(train)
-    def measure(self, train: Captioned):
+    def measure(self, train: Split):
         "What the U-Net stands on: the scale of the latents, and the text tower's output for every caption."
         self.nets['vae'].register_to_config(scaling_factor=latent_scale(self, train))
         texts = ['', *[t.format(c) for c in self.classes for t in self.cfg.templates]]
@@ -302,7 +296,7 @@ class TinyState:
     def state(self) -> dict:
         "For a checkpoint."
         return dict(part=self.part, opt=self.opt.state_dict(), **{k: n.state_dict() for k, n in self.nets.items()})
-    def load(self, state: dict, train: Captioned):
+    def load(self, state: dict, train: Split):
         "Put a checkpoint's state back."
         try:
             for k, net in self.nets.items(): net.load_state_dict(state[k])
@@ -319,7 +313,7 @@ class TinyState:
         keep = min(self.cfg.ema, (1 + i)/(10 + i))
         torch._foreach_lerp_([*self.nets['ema'].parameters()], [*self.nets['unet'].parameters()], 1 - keep)
 
-# %% ../nbs/03c1_tiny.ipynb #c5352c8c
+# %% ../nbs/03c1_tiny.ipynb #5fdaf919
 def latent_of(s: TinyState, x: torch.Tensor, stream: str, step: int) -> torch.Tensor:
     "A draw from the VAE's posterior of images, unscaled; also the posterior."
     q = s.nets['vae'].encode(x).latent_dist
@@ -332,12 +326,11 @@ def vae_loss(s: TinyState, x: torch.Tensor, y: torch.Tensor, i: int) -> torch.Te
     return F.mse_loss(s.nets['vae'].decode(z).sample, x) + s.cfg.kl*kl
 
 @torch.no_grad()
-def latent_scale(s: TinyState, train: Captioned, n: int = 1024) -> float:
+def latent_scale(s: TinyState, train: Split, n: int = 1024) -> float:
     "The factor that makes the mean square of training latents 1, from a few images at an address."
     rows = torch.from_numpy(rng(s.cfg.seed, 'tiny.scale').permutation(len(train))[:n])
-    square = [latent_of(s, to_device(train.images[r], s.machine), 'tiny.scale.z', i)[0].square().mean(dim=(1, 2, 3))
-              for i, r in enumerate(rows.split(128))]
-    return float(torch.cat(square).mean().rsqrt())
+    z = [latent_of(s, to_device(train.images[r], s.machine), 'tiny.scale.z', i)[0] for i, r in enumerate(rows.split(128))]
+    return float(torch.cat(z).square().mean().rsqrt())
 
 # %% ../nbs/03c1_tiny.ipynb #7f89fe0e
 def clip_loss(s: TinyState, x: torch.Tensor, y: torch.Tensor, i: int) -> torch.Tensor:
@@ -367,15 +360,15 @@ def zero_shot(tokenizer, text_encoder, image_encoder, images: torch.Tensor, clas
     text = class_embeddings(tokenizer, text_encoder, classes, templates)
     return (image_embeddings(image_encoder, images, machine)@text.T).argmax(1).cpu()
 
-# %% ../nbs/03c1_tiny.ipynb #0d740c1a
+# %% ../nbs/03c1_tiny.ipynb #4215da65
 def unet_loss(
     s: TinyState,
-    x: torch.Tensor,  # N×3×H×W images in [-1, 1]
+    x: torch.Tensor,  # N×3×S×S images in [-1, 1]
     y: torch.Tensor,  # N labels
-    i: int,  # number of the draw
-    net: str = 'unet',  # or the average: ema
-    stream: str = 'tiny.unet',  # where its randomness is addressed
-    drop: float | None = None,  # share of empty captions; None = the setting
+    i: int,  # the step: address of caption, level and noise
+    net: str = 'unet',  # or 'ema', the average
+    stream: str = 'tiny.unet',  # address
+    drop: float | None = None,  # share of empty captions; None: the setting's
 ) -> torch.Tensor:
     "Mean squared error of what the U-Net says of noised latents, some of their captions left empty."
     r, (empty, table) = rng(s.cfg.seed, stream, i), s.table
@@ -409,13 +402,13 @@ def as_pipeline(s: TinyState):
     "The state as a `StableDiffusionPipeline`; the U-Net is the average. It shares the state's networks."
     return assemble(s.tokenizer, s.nets['text'], s.nets['image'], s.nets['vae'], s.nets['ema'], s.scheduler, s.cfg.size)
 
-# %% ../nbs/03c1_tiny.ipynb #90846a9c
+# %% ../nbs/03c1_tiny.ipynb #4bf5ba4d
 class TinyWatch:
     "Looks at val in the way of each part: reconstructions, zero-shot answers, denoising and samples."
-    def __init__(self, stage: Stage, val: Captioned):
+    def __init__(self, stage: Stage, val: Split):
         self.stage, self.n = stage, min(len(val), stage.cfg.n_eval)
         rows = torch.from_numpy(rng(stage.cfg.seed, 'tiny.val').permutation(len(val))[:self.n])
-        self.val = Captioned(val.images[rows], val.labels[rows], val.classes)
+        self.val = val.take(rows)
     def __call__(self, s: TinyState, step: int):
         "Measure, log and draw after `step` updates of all parts together."
         with torch.no_grad(): values, image = getattr(self, s.part)(s)
@@ -431,9 +424,8 @@ class TinyWatch:
         return dict(accuracy=(s.answers(self.val.images) == self.val.labels).float().mean()), None
     def unet(self, s: TinyState) -> tuple:
         "Denoising loss of the average at addresses of val, and samples, a column per class."
-        parts = [self.val.images.split(64), self.val.labels.split(64)]
-        losses = [len(y)*unet_loss(s, to_device(x, s.machine), y.to(s.machine['device']), i, 'ema', 'tiny.judge', 0.)
-                  for i, (x, y) in enumerate(zip(*parts))]
+        parts = enumerate(zip(self.val.images.split(64), self.val.labels.to(s.machine['device']).split(64)))
+        losses = [len(y)*unet_loss(s, to_device(x, s.machine), y, i, 'ema', 'tiny.judge', 0.) for i, (x, y) in parts]
         return dict(val_loss=sum(losses)/self.n), tile(samples(s, self.val, rows=4), 4)
 
 @torch.no_grad()
@@ -450,20 +442,19 @@ def tile(images: torch.Tensor, rows: int) -> torch.Tensor:
     grid = images.unflatten(0, (rows, -1))
     return grid.permute(2, 0, 3, 1, 4).reshape(images.shape[1], rows*images.shape[2], -1)
 
-def samples(s: TinyState, val: Captioned, rows: int) -> torch.Tensor:
+def samples(s: TinyState, val: Split, rows: int) -> torch.Tensor:
     "Samples of the average, a column for each of the first ten classes it was trained on."
     cols = sorted(set(val.labels.tolist()))[:10]
     prompts = [s.cfg.templates[0].format(s.classes[c]) for c in cols]*rows
     return draw(as_pipeline(s), prompts, range(len(prompts)), s.cfg.seed, num_inference_steps=s.cfg.sample_steps, guidance_scale=s.cfg.guidance)
 
-# %% ../nbs/03c1_tiny.ipynb #c0dce47e
-def train_tiny(s: TinyState, train: Captioned, stage: Stage, watch):
+# %% ../nbs/03c1_tiny.ipynb #b40c0be8
+def train_tiny(s: TinyState, train: Split, stage: Stage, watch):
     "The loop over all parts: step, log, watch, checkpoint; goes on from the stage's last checkpoint."
     c, (start, state) = s.cfg, stage.checkpoints.load()
     s.load(state, train) if state else None
     stage.history.cut(start)
-    sets: Any = train  # has what is asked of a split there: images, labels, length
-    batches = {p: Shuffled(sets, getattr(c, f'batch_{p}'), c.seed, stage.device, f'tiny.{p}.order') for p in PARTS}
+    batches = {p: Shuffled(train, getattr(c, f'batch_{p}'), c.seed, stage.device, f'tiny.{p}.order') for p in PARTS}
     with finish_first() as asked:
         for step in stage.track(range(start, c.total), c.total, start, stage.dir.name):
             part, i, n = c.at(step)
@@ -483,7 +474,7 @@ def check_loss(stage: Stage, part: str, step: int, loss: torch.Tensor):
     raise FloatingPointError(f'{stage.dir.name}: the loss of the {part} is not a number at step {step}; the last checkpoint is kept. '
                              f'Try a smaller lr_{part}')
 
-# %% ../nbs/03c1_tiny.ipynb #a797b22d
+# %% ../nbs/03c1_tiny.ipynb #18bd3b9a
 @torch.no_grad()
 def token_scale(s: TinyState, images: torch.Tensor) -> float:
     "The factor that gives the image tower's embeddings the mean length of the text tower's tokens."
@@ -500,7 +491,7 @@ def as_clip(s: TinyState):
     with torch.no_grad(): nn.init.eye_(clip.text_projection.weight), clip.logit_scale.copy_(s.nets['scale'][0].clamp(max=math.log(100)))
     return clip
 
-def save_pipeline(s: TinyState, folder, train: Captioned, facts: dict) -> str:  # digest of its files
+def save_pipeline(s: TinyState, folder, train: Split, facts: dict) -> str:  # digest of its files
     "Write the standard folder, and in it `clip/` (both towers as one model) and `synthlit.json` (what it saw)."
     folder = Path(folder)
     tmp, pipe = folder.with_name(f'.tmp-{folder.name}'), as_pipeline(s)
@@ -516,7 +507,7 @@ def save_pipeline(s: TinyState, folder, train: Captioned, facts: dict) -> str:  
     tmp.rename(folder)
     return digest(files)
 
-# %% ../nbs/03c1_tiny.ipynb #1796502b
+# %% ../nbs/03c1_tiny.ipynb #77628a00
 def work_tiny(cfg: TinyConfig, facts: dict) -> dict:
     "Rough work of the stage: bytes written."
     wide = 70*sum(w*w for w in cfg.unet_widths)*(1 + cfg.unet_layers)
@@ -532,7 +523,7 @@ def run_tiny(stage: Stage) -> dict:
     train_tiny(s, train, stage, TinyWatch(stage, captioned(val, cfg.size, out)))
     return finish_tiny(s, stage, whole.only(sorted(set(range(len(whole.classes))) - set(out))), train, captioned(val, cfg.size, []), out)
 
-def finish_tiny(s: TinyState, stage: Stage, seen: Split, train: Captioned, val: Captioned, out: list) -> dict:
+def finish_tiny(s: TinyState, stage: Stage, seen: Split, train: Split, val: Split, out: list) -> dict:
     "Write the folder, the film and the result."
     answers = s.answers(val.images) == val.labels
     names = lambda numbers: [s.classes[i] for i in numbers]

@@ -26,11 +26,10 @@ from synthlit.core import (
     run_machine,
     small_stage,
 )
-from synthlit.splits import load_split
+from synthlit.splits import Split, load_split
 from synthlit.tiny import (
     TEMPLATES,
     TINY_PRESETS,
-    Captioned,
     TinyConfig,
     TinyState,
     class_embeddings,
@@ -86,9 +85,9 @@ def asked(**settings) -> TinyConfig:
     return resolve(TinyConfig, TINY_PRESETS["smoke"], smoke, settings)
 
 
-def images(n=12, classes=("cat", "dog", "sea lake")) -> Captioned:
+def images(n=12, classes=("cat", "dog", "sea lake")) -> Split:
     x = torch.arange(n * 3 * 64).mul(37).remainder(256).byte().reshape(n, 3, 8, 8)
-    return Captioned(x, torch.arange(n) % len(classes), list(classes))
+    return Split("few", x, torch.arange(n) % len(classes), list(classes), "", "")
 
 
 def test_the_twin_is_the_standard_layout_and_nothing_to_unpickle(twin):
