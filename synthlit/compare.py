@@ -243,7 +243,7 @@ def cost_section(runs: list) -> list:
                     'Operations: a training of the headline row with drawing its images, and the trials that chose its settings; '
                     'the generator\'s own training is not in them.', class_='note')]
 
-# %% ../nbs/08e_compare.ipynb #a1c287e8
+# %% ../nbs/08e_compare.ipynb #b2407afa
 COMPARED = dict(pictures=('Pictures', pictures_section), figures=('Figures', figures_section), difference=('Differences', difference_section),
                 unlike=('What differs', unlike_section), cost=('Cost', cost_section))
 
@@ -253,7 +253,7 @@ def verdict(runs: list) -> str:
     known = [(b, d) for b, d in found if 'why' not in d]
     why = '; '.join(f'{b.name}: {d["why"]}' for b, d in found if 'why' in d)
     if not known: return f'No run can be set against {a.name} image by image: {why}.'
-    b, d = max(known, key=lambda z: z[1]['mean'])
+    b, d = max([z for z in known if z[1]['low'] > 0] or known, key=lambda z: z[1]['mean'])
     where = f'on the same {d["n"]:,} test images'
     if d['low'] > 0: return f'{b.name} is ahead of {a.name} by {percent(d["mean"])} points {ci(d["low"], d["high"])} {where}.'
     if all(e['high'] < 0 for _, e in known):

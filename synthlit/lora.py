@@ -8,11 +8,11 @@ __all__ = ['QKVO', 'LORA_PRESETS', 'TRAINING_TEMPLATE', 'CLIP_MEAN', 'CLIP_STD',
            'class_mmd', 'cropped', 'encode', 'Latents', 'Texts', 'packed_order', 'Part', 'Feed', 'LoraState', 'rate',
            'residuals', 'believed', 'seen', 'weighted', 'sums_of_parts', 'objective', 'lora_step', 'judge', 'pictures',
            'LoraWatcher', 'train_lora', 'check_numbers', 'base_of', 'pipeline_folder', 'own_captions', 'captions_for',
-           'encoder_folder', 'tokens_for', 'image_features', 'go_on_from', 'work_lora', 'feed_of', 'run_lora',
-           'with_real', 'finish_lora']
+           'encoder_folder', 'tokens_for', 'shown_as', 'image_features', 'go_on_from', 'work_lora', 'feed_of',
+           'run_lora', 'with_real', 'finish_lora']
 
-# %% ../nbs/04b_lora.ipynb #29dad9f9
-import math, os
+# %% ../nbs/04b_lora.ipynb #f6d50721
+import json, math, os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -518,7 +518,7 @@ def captions_for(cfg: LoraConfig, g, split: Split, part: str, stage: Stage) -> l
     return [fill(TRAINING_TEMPLATE, spoken(split.classes[c], {}), found[k]) if k in found else plain[c][0].removesuffix(cfg.without)
             for c, k in zip(split.labels.tolist(), keys)]
 
-# %% ../nbs/04b_lora.ipynb #bf268ebb
+# %% ../nbs/04b_lora.ipynb #8baad2a6
 def encoder_folder(cfg: LoraConfig, g) -> str:
     "Hub id or folder of the image tower; '' where there is none."
     if cfg.image_encoder: return cfg.image_encoder
@@ -535,6 +535,12 @@ def tokens_for(cfg: LoraConfig, g, split: Split, part: str, stage: Stage) -> tor
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # what CLIP's image towers were trained with
 
+def shown_as(folder: Path) -> tuple:
+    "(mean, std) that an image tower was trained with: as its preprocessor says, else CLIP's."
+    for p in (folder/'feature_extractor'/'preprocessor_config.json', folder/'preprocessor_config.json'):
+        if p.exists(): d = json.loads(p.read_text()); return d['image_mean'], d['image_std']
+    return CLIP_MEAN, CLIP_STD
+
 def image_features(source: str, device='cpu'):
     "A frozen CLIP image tower as a function of images N×3×S×S in [-1, 1], with gradient: what `dm_form: mmd` compares in."
     from transformers import CLIPVisionModelWithProjection
@@ -542,7 +548,7 @@ def image_features(source: str, device='cpu'):
     tower = folder/'image_encoder' if (folder/'image_encoder').is_dir() else folder
     with quiet(): net = CLIPVisionModelWithProjection.from_pretrained(tower, local_files_only=True, use_safetensors=True)
     net, size = net.to(device).eval().requires_grad_(False), net.config.image_size
-    mean, std = [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)]
+    mean, std = [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in shown_as(folder)]
     return lambda x: net(pixel_values=(F.interpolate((x + 1)/2, (size, size), mode='bicubic', antialias=True) - mean)/std).image_embeds
 
 def go_on_from(s: LoraState, g, path: str):
@@ -555,7 +561,7 @@ def go_on_from(s: LoraState, g, path: str):
         raise SettingError(f'lora.init = {path}: trained on another base model than {g.facts["name"]} (its weights differ)')
     put_weights(s.unet, weights, f'lora.init = {path}')
 
-# %% ../nbs/04b_lora.ipynb #6615728a
+# %% ../nbs/04b_lora.ipynb #ffe3fa79
 def work_lora(cfg: LoraConfig, facts: dict) -> dict:
     "Rough work of the stage: bytes written (how long a pipeline takes is not known before it is there)."
     return dict(disk=1e7 + (cfg.checkpoints*3 + 3)*64e3*cfg.rank*len(cfg.targets))
@@ -573,6 +579,9 @@ def run_lora(stage: Stage) -> dict:
     "The stage: train LoRA weights, keep the last or the best by val, and write the adapted generator."
     cfg, (train, val) = stage.cfg, [load_split(stage.input('splits'), p) for p in ('train', 'val')]
     g = base_of(stage.input('generator'), stage.device, cfg)
+    if g.tokens is not None and not cfg.token:
+        raise SettingError('lora.token = false, but its text2image generator draws with image tokens: '
+                           'say lora.token = true, or text2image.tokens = false')
     train, val = train.only(g.trained), val.only(g.trained)
     cfg.check(dict(image_encoder=bool(encoder_folder(cfg, g)), trained=len(g.trained)))
     size = drawn_size(cfg.size, g.facts) if cfg.size else g.size

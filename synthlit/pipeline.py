@@ -16,8 +16,8 @@ __all__ = ['TOP', 'ENTRY', 'TAKES', 'KERNEL_SECONDS', 'UNTIMED', 'NEW', 'Loader'
            'cmd_export', 'splits_of', 'cmd_score', 'cmd_stats', 'cmd_dataset', 'cmd_verify', 'cmd_push', 'agreed',
            'cmd_clean', 'parser', 'add_compare', 'add_set_commands', 'main']
 
-# %% ../nbs/09_pipeline.ipynb #8f9abb2d
-import argparse, ast, contextlib, csv, dataclasses, functools, importlib, io, itertools, json, os, queue, re, shutil, signal, \
+# %% ../nbs/09_pipeline.ipynb #04a75632
+import argparse, ast, contextlib, csv, dataclasses, functools, importlib, io, itertools, json, math, os, queue, re, shutil, signal, \
     subprocess, sys, tempfile, threading, time, types, typing
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
@@ -630,7 +630,7 @@ def headline(folder: Path) -> str:
         if k in r: return f': {text.format(r[k])}'
     return ''
 
-# %% ../nbs/09_pipeline.ipynb #a1f55aa1
+# %% ../nbs/09_pipeline.ipynb #c1468cfb
 def shrink(nodes: list):
     "Every node's settings made tiny by its stage's smoke preset."
     for n in nodes:
@@ -638,7 +638,8 @@ def shrink(nodes: list):
         n.cfg = resolve(
             Config, dataclasses.asdict(n.cfg), presets.get('smoke', {}),
             dict(smoke=16, novel=min(n.cfg.novel, 3), k=min(n.cfg.k, 5), per_class=None) if n.stage == 'splits' else {},
-            dict(precision='fp32') if n.stage == 'classifier' else {})
+            dict(precision='fp32') if n.stage == 'classifier' else {},
+            dict(steps=math.ceil(2/n.cfg.strength)) if n.stage == 'text2image' and n.cfg.strength else {})  # a weak strength leaves few of the steps
 
 def thinned(params: dict) -> dict:
     "Of every fan-out over numbers the first two, and one cut of the data: the others differ in nothing that could be wired wrong."

@@ -35,7 +35,7 @@ from .networks import forward_flops
 from .splits import Split, load_split
 from .tiny import random_pipeline
 
-# %% ../nbs/03d_pipelines.ipynb #ec37394e
+# %% ../nbs/03d_pipelines.ipynb #a3f0486d
 @dataclass
 class Drawing:
     "How a pipeline draws."
@@ -73,6 +73,7 @@ class Text2imageConfig(Drawing):
     lora: str = ''  # file or folder with LoRA weights (safetensors) made elsewhere
     def __post_init__(self):
         super().__post_init__()
+        self.names = {str(k): str(v) for k, v in self.names.items()}  # YAML reads 3: as a number
         for k in ('prompts', 'captions', 'image_encoder', 'embeddings', 'lora'):
             v = getattr(self, k)
             if v and (re.match(r'[/~.]', v) or Path(v).exists()): setattr(self, k, str(Path(v).expanduser().absolute()))
@@ -92,7 +93,8 @@ TEXT2IMAGE_PRESETS = dict(
     fashion_mnist=dict(strength=.75),
     mnist=dict(strength=.75),
     cifar10=dict(strength=.75),
-    smoke=dict(model='random', revision='', captions='', image_encoder='', steps=2, size=16, batch=4, precision='fp32', offload=False),
+    smoke=dict(model='random', revision='', captions='', image_encoder='', lora='', embeddings='',
+               steps=2, size=16, batch=4, precision='fp32', offload=False),
     published=dict(  # generation of arXiv 2310.10402; which BLIP-2 it was is not known
         model='stable-diffusion-v1-5/stable-diffusion-v1-5', strength=.75, size=512, batch=24, precision='fp16', offload=True, tokens=True,
         image_encoder='openai/clip-vit-large-patch14', captions='Salesforce/blip2-opt-2.7b'),
@@ -324,7 +326,7 @@ def encode_prompts(
     "Last hidden states of the text encoder; an image token, if any, in place of the last position (2310.10402)."
     return with_token(encode(pipe, prompts)[0], tokens), cut_off(pipe.tokenizer, prompts)
 
-# %% ../nbs/03d_pipelines.ipynb #0aec2a14
+# %% ../nbs/03d_pipelines.ipynb #0fb64fd3
 def conditions(pipe, prompts: list, negative: str, tokens: torch.Tensor | None = None) -> dict:
     "What a pipeline is called with for these prompts: embeddings of both branches of guidance, and pooled ones where it (SDXL) wants them."
     (e, p), (n, q) = encode(pipe, prompts), encode(pipe, [negative]*len(prompts))
@@ -347,8 +349,10 @@ def class_prompts(classes: list, cfg: Text2imageConfig) -> dict:  # label -> lis
     if not cfg.prompts: return {i: [fill(template, spoken(c, cfg.names))] for i, c in enumerate(classes)}
     try: said = json.loads(Path(cfg.prompts).read_text())
     except (ValueError, OSError) as e: raise DataError(f'{cfg.prompts} is not readable JSON: {e}') from e
+    if not isinstance(said, dict): raise DataError(f'{cfg.prompts} is not a mapping of classes to lists of prompts')
     if lacking := [c for c in classes if not said.get(c)]:
         raise DataError(f'{cfg.prompts} has no prompts for {", ".join(lacking[:5])}: give every class a list')
+    if odd := [c for c in classes if not isinstance(said[c], list)]: raise DataError(f'{cfg.prompts}: the prompts of {odd[0]} are not a list')
     return {i: [str(p) for p in said[c]] for i, c in enumerate(classes)}
 
 # %% ../nbs/03d_pipelines.ipynb #b708a40a

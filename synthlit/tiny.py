@@ -96,14 +96,14 @@ class TinyConfig:
 
 PARTS = ('vae', 'clip', 'unet')  # in the order in which they are trained
 
-# %% ../nbs/03c1_tiny.ipynb #7564950c
+# %% ../nbs/03c1_tiny.ipynb #e1420536
 TINY_PRESETS = dict(
     tiny=dict(size=16, context=12, text_width=32, text_layers=1, image_width=32, image_layers=2, vae_widths=[8, 16, 16], latent=8,
               unet_widths=[32, 48], steps_vae=250, steps_clip=150, steps_unet=400, flip=False, shift=1, eval_every=200, n_eval=200, sample_steps=10),
     digits=dict(size=16, vae_widths=[16, 32], steps_vae=1000, steps_clip=1000, steps_unet=4000, flip=False, shift=1),
     fashion_mnist={},
     mnist=dict(flip=False),
-    cifar10={},
+    cifar10=dict(latent=8),
     smoke=dict(text_width=16, text_layers=1, image_width=16, image_layers=1, vae_widths=[8, 8], unet_widths=[8, 8], steps_vae=1, steps_clip=1,
                steps_unet=1, batch_vae=4, batch_clip=4, batch_unet=4, eval_every=1, n_eval=4, sample_steps=1),
 )
@@ -507,7 +507,7 @@ def save_pipeline(s: TinyState, folder, train: Split, facts: dict) -> str:  # di
     tmp.rename(folder)
     return digest(files)
 
-# %% ../nbs/03c1_tiny.ipynb #77628a00
+# %% ../nbs/03c1_tiny.ipynb #36046b01
 def work_tiny(cfg: TinyConfig, facts: dict) -> dict:
     "Rough work of the stage: bytes written."
     wide = 70*sum(w*w for w in cfg.unet_widths)*(1 + cfg.unet_layers)
@@ -535,7 +535,8 @@ def finish_tiny(s: TinyState, stage: Stage, seen: Split, train: Split, val: Spli
                  size=s.cfg.size, licence='', prediction=s.cfg.prediction, scaling_factor=s.nets['vae'].config.scaling_factor)
     made = save_pipeline(s, stage.dir/'pipeline', train, facts)
     animate(stage.dir/'pictures'/'unet', stage.dir/'film.png')
-    result = dict(n_train=len(train), accuracy=sum(right[c] for c in facts['trained'])/len(trained), recall=right, **last, trained=facts['trained'],
+    result = dict(n_train=len(train), accuracy=float(np.mean([right[c] for c in facts['trained'] if c in right])), recall=right,
+                  **last, trained=facts['trained'],
                   held_out=facts['held_out'], scaling_factor=facts['scaling_factor'], digest=made, parameters={
                       k: sum(p.numel() for p in s.nets[k].parameters()) for k in ('vae', 'text', 'image', 'unet')})
     stage.finish(result)
