@@ -832,7 +832,7 @@ def cmd_log(a):
 def params_yaml(stage: str) -> str:
     "A commented YAML template of a stage's settings, with their defaults."
     Config, presets, _ = stage_parts(stage)
-    default = lambda v: yaml.safe_dump(list(v) if isinstance(v, tuple) else v, default_flow_style=True).split('\n')[0]
+    default = lambda v: yaml.safe_dump(list(v) if isinstance(v, tuple) else v, default_flow_style=True, width=10**6).split('\n')[0]
     return (f'  {stage}:  # presets: {", ".join(k for k in presets if k != "smoke")}\n'
             + ''.join(f'    {k}: {default(d)}  # {h}\n' for k, (t, d, h) in field_help(Config).items()))
 
@@ -926,7 +926,7 @@ def product(run: Path) -> Path:
     folders = stage_folders(run)
     rows = [(f, r) for f in folders if (f/'scores.parquet').exists() for r in load_table(f/'scores.parquet').to_pylist()]
     for kind in HEADLINE:
-        if mine := [(r['val'], -i, row_path(f, r['row'], r['seed'])) for i, (f, r) in enumerate(rows) if r['kind'] == kind]: return max(mine)[2]
+        if mine := [(r['val'], -i, row_path(f, r['row'], r['seed'])) for i, (f, r) in enumerate(rows) if r.get('kind') == kind]: return max(mine)[2]
     real = [f/'classifier.safetensors' for f in folders if (f/'classifier.safetensors').exists()]
     if not real: raise SettingError(f'{run} holds no classifier yet')
     return real[0]

@@ -190,7 +190,7 @@ def test_show(tiny_run, capsys):
     """A line for every stage, with its state; an unfinished stage is not done."""
     assert main(["show", str(tiny_run.run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 17 and all(" done " in line for line in lines[1:])
+    assert len(lines) == 21 and all(" done " in line for line in lines[1:])
 
 
 def test_log(tiny_run, tmp_path, capsys):
@@ -200,7 +200,8 @@ def test_log(tiny_run, tmp_path, capsys):
     assert main(["log", str(tiny_run.run), "--csv", str(tmp_path / "log.csv")]) == 0
     with open(tmp_path / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert {r["stage"] for r in rows} == {"classifier", "gan-seed0", "gan-seed1", "base_gan", "fewshot"}
+    trained = {"classifier", "base_classifier", "gan-seed0", "gan-seed1", "base_gan", "diffusion", "tiny", "fewshot", "lora", "fewclassify"}
+    assert {r["stage"] for r in rows} == trained
     assert all(0 <= float(r["val_accuracy"]) <= 1 for r in rows if r["stage"] == "classifier")
 
 
@@ -310,7 +311,8 @@ def test_report_needs_no_network(tiny_run):
 def test_sample(tiny_run, tmp_path, capsys):
     """A picture for every generator of a run, or for one folder."""
     assert main(["sample", str(tiny_run.run), "--out", str(tmp_path), "-n", "2"]) == 0
-    names = {"gan-seed0-samples.png", "gan-seed1-samples.png", "base_gan-samples.png", "fewshot-samples.png"}
+    makers = ("gan-seed0", "gan-seed1", "base_gan", "diffusion", "text2image", "fewshot", "lora", "mine")
+    names = {f"{m}-samples.png" for m in makers}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert main(["sample", str(tiny_run.run / "gan-seed0"), "--out", str(tmp_path / "one"), "-n", "2"]) == 0
     assert Image.open(tmp_path / "one" / "gan-seed0-samples.png").size[0] > 100
@@ -414,7 +416,7 @@ def test_a_filtered_set_is_a_list_of_addresses(tiny_run):
 
 def test_embed_leaves_the_base_classes_alone(tiny_copy):
     """Few-shot by embeddings: base classes draw the very same images as before, novel ones have changed."""
-    small_stage(tiny_copy, "fewshot", "embed", {"generator": "base_gan"}, mode_g="embed", mode_d="embed", steps=10, eval_every=10, n_eval=10)
+    small_stage(tiny_copy, "fewshot", "embed", {"generator": "base_gan", **FULL}, mode_g="embed", mode_d="embed", steps=10, eval_every=10, n_eval=10)
     before, after = load_generator(tiny_copy / "base_gan" / "last"), load_generator(tiny_copy / "embed" / "last")
     base = torch.tensor(before.trained).repeat(8)
     index = torch.arange(8).repeat_interleave(len(before.trained))

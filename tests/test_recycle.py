@@ -219,7 +219,9 @@ def test_recycled_rows_are_in_the_table(tiny_run):
 def test_a_recycled_evaluation_with_a_teacher_and_real_images(tiny_copy):
     """Also the published protocol: of the real row and the mixture the best epoch by test, kept until test is open and no longer."""
     more = dict(teacher=True, real_share=0.3, published=True)
-    small_stage(tiny_copy, "evaluate", "more", dict(set=[], accepted=[], mixture=["multigen"]), seeds=[0], n_measure=50, **more)
+    small_stage(
+        tiny_copy, "evaluate", "more", dict(classifier="classifier", set=[], accepted=[], mixture=["multigen"]), seeds=[0], n_measure=50, **more
+    )
     rows = {r["row"]: r for r in load_json(tiny_copy / "more" / "result.json")["table"]}
     assert rows["mixture, taught"]["kind"] == "taught" and rows["mixture, 30% real"]["kind"] == "with-real"
     assert {k for k, r in rows.items() if "published_test" in r} == {"real", "mixture"} and not (
