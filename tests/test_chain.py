@@ -214,7 +214,7 @@ def test_params_template_is_a_parameter_file(tmp_path, capsys):
     said = yaml.safe_load(text)["stages"]
     (tmp_path / "all.yaml").write_text(text.replace("at_least: 2", "at_least: 1").replace("classes: all", "classes: base"))
     nodes = plan(read_params(tmp_path / "all.yaml"))
-    assert [n.stage for n in nodes] == list(said)
+    assert list(dict.fromkeys(n.stage for n in nodes)) == list(said)  # several of a stage, where there are several generators
     for n in nodes:
         assert [k for k, v in vars(type(n.cfg)()).items() if vars(n.cfg)[k] != v and k not in ("at_least", "classes")] == [], n.stage
     for stage in said:
