@@ -5,7 +5,7 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench results-fast results-gan-study results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-diffusion results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,19 +25,33 @@ bench: .venv/.installed-dev ## our speed beside public peers
 	$(V)/python tests/bench_gan.py 1 2
 	$(V)/python tests/bench_metrics.py
 	$(V)/python tests/bench_fewshot.py
+	$(V)/python tests/bench_clip_filter.py
 
 presets: .venv/.installed-dev ## train every GAN preset STEPS=200 steps on CIFAR-10 and Fashion-MNIST (hours on one core; goes on where it was)
 	$(V)/python tests/presets_on_real_data.py $(STEPS)
 
+# keep: what the pages of nbs/results print of each stage of run $(1), under nbs/results/$(2)
+keep = for s in runs/$(1)/*/; do [ ! -f $$s/manifest.json ] || [ $$(basename $$s) = splits ] && continue; to=nbs/results/$(2)/$$(basename $$s); \
+	  for f in manifest.json result.json history.parquet scores.parquet; do [ ! -f $$s/$$f ] || { mkdir -p $$to && cp $$s/$$f $$to/; } || exit 1; done; done
+
 results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb
-	for p in fast_fashion_mnist fast_cifar10; do $(V)/synthlit run $$p && for s in runs/$$p/*[0-9]/; do \
-	  mkdir -p nbs/results/fast/$$p/$$(basename $$s) && cp $$s/manifest.json $$s/result.json $$s/history.parquet nbs/results/fast/$$p/$$(basename $$s)/ || exit 1; done; done
+	for p in fast_fashion_mnist fast_cifar10; do $(V)/synthlit run $$p || exit 1; done
+	$(call keep,fast_fashion_mnist,fast/fast_fashion_mnist)
+	$(call keep,fast_cifar10,fast/fast_cifar10)
 
 STUDY := $(shell awk '/^  [a-z0-9_]+:/ {n = $$1} /stage: gan/ {sub(":", "", n); print n}' nbs/params/gan_study_cpu.yaml)
 results-gan-study: .venv/.installed ## train the rows of nbs/params/gan_study_cpu.yaml (hours on two cores; goes on where it was); INCEPTION=FILE: also FID and IS
 	$(V)/synthlit run gan_study_cpu $(if $(INCEPTION),$(foreach r,$(STUDY) evaluate,-p $(r).inception=$(INCEPTION)))
-	for s in $(foreach r,classifier $(STUDY) evaluate,runs/gan_study_cpu/$(r)); do to=nbs/results/gan_study/$$(basename $$s); mkdir -p $$to; \
-	  for f in manifest.json result.json history.parquet; do [ ! -f $$s/$$f ] || cp $$s/$$f $$to/ || exit 1; done; done
+	$(call keep,gan_study_cpu,gan_study)
+
+results-search: .venv/.installed ## both ways of searching, five generators each, on digits and Fashion-MNIST (hours on two cores; goes on where it was) for nbs/results/search.ipynb
+	for p in search_digits search_fashion_mnist_cpu; do $(V)/synthlit run $$p || exit 1; done
+	$(call keep,search_digits,search/search_digits)
+	$(call keep,search_fashion_mnist_cpu,search/search_fashion_mnist_cpu)
+
+results-diffusion: .venv/.installed ## a diffusion model of 40 core-minutes and its variations (hours of one core; goes on where it was) for nbs/results/diffusion.ipynb
+	$(V)/synthlit run diffusion_study_cpu
+	$(call keep,diffusion_study_cpu,diffusion)
 
 results-metrics: .venv/.installed-dev ## our measures beside pytorch-fid, prdc and torch-fidelity for nbs/results/metrics.ipynb (half an hour on an idle machine; the last two go into .venv-peers)
 	[ -x .venv-peers/bin/python ] || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install -q prdc==0.2 torch-fidelity==0.4.0; }

@@ -34,7 +34,7 @@ def is_marked(png: bytes) -> bool:
     "Does a picture's file say that it is synthetic?"
     return SOURCE_TYPE.encode() in png
 
-# %% ../nbs/05b1_cards.ipynb #c4337b91
+# %% ../nbs/05b1_cards.ipynb #25df349a
 def made_on(device: str) -> dict:
     "What decides the bits of a generated image besides generator and address."
     gpu = device.startswith('cuda')
@@ -52,9 +52,10 @@ def maker_facts(
     folder = Path(folder).absolute()
     stage = next((p for p in (folder, *folder.parents[:3]) if (p/'manifest.json').exists()), folder)  # a checkpoint lies inside its stage
     m = read_manifest(stage) if (stage/'manifest.json').exists() else {}
+    real = {'guided_by': n} if (n := g.guides(dials)) else {}  # real training images that it begins at
     return dict(digest=g.digest, family=g.family, name=str(folder.relative_to(stage.parent)), folder=os.path.relpath(folder, out),
                 licence=g.licence, synthetic=g.synthetic, seed=seed, dials=dials, trained=[g.classes[c] for c in g.trained],
-                saw=m.get('saw', []), cuts=m.get('cuts', {}), stage=m.get('stage', ''))
+                saw=m.get('saw', []), cuts=m.get('cuts', {}), stage=m.get('stage', ''), **real)
 
 def splits_facts(folder) -> dict:
     "What a set remembers of the data set it imitates: name, cut, digests of its parts."
@@ -85,14 +86,15 @@ def bullet(name: str, value) -> str:
     if isinstance(value, (list, tuple)): value = ', '.join(map(str, value))
     return f'- {name}: {value if value not in ("", None) else "unknown"}'
 
-# %% ../nbs/05b1_cards.ipynb #c8675682
+# %% ../nbs/05b1_cards.ipynb #90f3bcf8
 def maker_text(m: dict) -> str:
     "A generator in a card."
     lines = [f'### {m["name"]}\n', bullet('id (digest)', f'`{m["digest"]}`'), bullet('family', f'`{m["family"]}`'), bullet('licence', m['licence']),
              bullet('seed of the candidates', m['seed']), bullet('dials', m['dials'] or 'as by default'),
              bullet('trained on (digests of splits)', [f'`{d}`' for d in m['saw']])]
+    if m.get('guided_by'): lines.append(bullet('begins at real training images', f'{m["guided_by"]:,} of them'))
     if m.get('filter'): lines.append(bullet('filter', m['filter']))
-    if m.get('source'): lines.append(bullet('made elsewhere, read from', m['source']))
+    if m.get('source'): lines.append(bullet('made elsewhere, read from' if m['family'].endswith(':ImageSet') else 'model', m['source']))
     return '\n'.join(lines)
 
 USE = ('To train and to study image classifiers. The images imitate the data set named above: they are no new evidence about the world, may repeat '
@@ -107,7 +109,9 @@ def how_to_verify(facts: dict) -> str:
     on = facts['made_on']
     return ('Every image follows from its row. `synthlit verify FOLDER` compares the checksums of all files, then draws a sample of the rows again '
             f'from their generators and compares the pixels: equal on a machine like the one that made it ({on["device"]}, {on["kind"]}, '
-            f'torch {on["torch"]}), within one level of 255 elsewhere.')
+            f'torch {on["torch"]}). Elsewhere a difference of one level of 255 is accepted, since other machines round in another order'
+            + ('; a diffusion pipeline, above all in half precision, may be further off there, and fails.'
+               if any(m['family'].endswith(':PipelineGenerator') for m in facts['makers']) else '.'))
 
 def card(facts: dict) -> str:
     "README.md of a set, from its facts."

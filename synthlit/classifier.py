@@ -25,12 +25,12 @@ from .augment import Augment, augment_batch, mix_batch, to_float
 from .networks import build_net, check_net, forward_flops
 from .splits import Split, load_split
 
-# %% ../nbs/02_classifier.ipynb #535116d2
+# %% ../nbs/02_classifier.ipynb #3661caea
 @dataclass
 class ClassifierConfig(Augment):
     "The recipe: one for real and synthetic images alike."
     classes: Literal['all', 'base'] = 'all'  # train on all classes, or on the base classes only (few-shot pre-training); outputs are for all
-    network: str = 'small'  # small, fast, resnet14..56, resnet18, timm:<name>, or package.module:Class
+    network: str = 'small'  # small, fast, resnet14..56, resnet18, torchvision:<name>, timm:<name>, or package.module:Class
     width: Annotated[int | None, (2, None)] = None  # the network's width; None = its own
     epochs: Annotated[int, (1, None)] = 20  # passes over the real training images; other sources get the same number of steps
     steps: Annotated[int | None, (1, None)] = None  # steps instead of epochs (the schedule is stretched)

@@ -22,7 +22,7 @@ from .cards import made_on, splits_facts
 from .generate import Maker, Rows, block_size, describe, unpack, write_shards
 from .filter import load_accepted
 
-# %% ../nbs/07b_dataset.ipynb #9575be00
+# %% ../nbs/07b_dataset.ipynb #de61dbd7
 def splits_of(folder: Path) -> Path:
     "The splits that a finished stage read."
     return folder.parent/next(iter(read_manifest(folder)['inputs']['splits']))
@@ -38,7 +38,8 @@ def accepted_rows(folder: Path, device: str) -> Rows:
     "Rows of a filter or search stage's folder, with the score of each and whether it passed."
     g, t, r = load_accepted(folder, device)
     source = folder.parent/next(iter(read_manifest(folder)['inputs']['generator']))/r.get('checkpoint', '')
-    how = {k: r[k] for k in ('rule', 'tau', 'acceptance', 'draws', 'short') if k in r} | dict(chosen=f'on val as {r["chosen"]}')
+    told = ('rule', 'tau', 'judge', 'candidates', 'acceptance', 'draws', 'short')
+    how = {k: r[k] for k in told if k in r} | dict(chosen=f'on val as {r["chosen"]}')
     return Rows([Maker(g, r['seed'], r['dials'], source, how)], torch.tensor(t['label']), torch.tensor(t['index']),
                 known={k: t[k] for k in ('score', 'passed') if k in t})
 

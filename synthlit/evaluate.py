@@ -259,10 +259,11 @@ def duplicated(cfg: EvaluateConfig, train: Split, test: Split):
     if cfg.audit: return audited(cfg.audit, test, test.name.split('/')[0])
     return seen_in_train(train, test) if len(train)*len(test) <= 5e6 else None
 
-# %% ../nbs/08a_evaluate.ipynb #f753ed70
+# %% ../nbs/08a_evaluate.ipynb #cc35d207
 def drawing_flops(folder: Path, classifier, device) -> float:
     "Operations of drawing the images of a set, a filtered set or a mixture once: all candidates, and the looks at them."
     r, look = load_json(folder/'result.json'), classifier.flops*(1 + classifier.recipe.tta)
+    look = r.get('look', look)  # of an image-text model
     if 'shares' in r: return sum(v*drawing_flops(folder.parent/k, classifier, device) for k, v in r['shares'].items())
     if 'stats' in r: return (load_accepted(folder, device)[0].flops + look)*sum(s['candidates'] for s in r['stats'])
     return load_generator(folder.parent/next(iter(read_manifest(folder)['inputs']['generator'])), device).flops*r['images']

@@ -5,31 +5,39 @@
 # %% auto #0
 __all__ = ['Rule', 'FILTER_PRESETS', 'RULES', 'WINDOW', 'FilterConfig', 'Scores', 'confident', 'above', 'best_share', 'agreed',
            'doubtful', 'near_real', 'keep_rule', 'Pool', 'fill_up', 'accept_class', 'accept', 'images_at', 'Trials',
-           'proxy_steps', 'work_filter', 'scores_for', 'told', 'run_filter', 'save_rejected', 'load_accepted']
+           'proxy_steps', 'work_filter', 'scores_for', 'told', 'judged_by', 'judge_of', 'load_judge', 'take',
+           'pool_for', 'run_filter', 'save_rejected', 'load_accepted']
 
-# %% ../nbs/06_filter.ipynb #4adfad00
-import math, shutil, time
+# %% ../nbs/06_filter.ipynb #9799ba4f
+import math, re, shutil, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, torch
 from .core import (
-    Checkpoints, SettingError, Stage, load_json, load_table, nearest, open_stage, preset_of, resolve, said, save_json, save_table, show_grid)
+    Checkpoints, SettingError, Stage, load_json, load_table, load_tensors, nearest, open_stage, preset_of, read_manifest, resolve, said, save_json,
+    save_table, save_tensors, show_grid)
 from .metrics import as_features, blocks, distances, knn_radius
 from .generator import Generator, load_generator
 from .classifier import Fixed, planned_steps, train_classifier
 from .generate import dials_of, per_class_of
+from .imagetext import ImageText, accept_published, class_texts, texts_for
 from .gan.train import stage_splits
 from .gan.watch import evenly
 
-# %% ../nbs/06_filter.ipynb #0fac50b9
+# %% ../nbs/06_filter.ipynb #e20c8c44
 Rule = Literal['confident', 'above', 'best_share', 'doubtful', 'near_real']  # the rows of RULES that the run's own classifier can score
 
 @dataclass
 class FilterConfig:
     "Settings of the filter."
-    rule: Rule = 'confident'  # a row of RULES: what to keep
-    tau: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0., .5, .9])  # its number: each is tried
+    rule: Literal['confident', 'above', 'best_share', 'doubtful', 'near_real', 'published'] = 'confident'  # a row of RULES: what to keep
+    tau: list[Annotated[float, (0, 0.999)]] | None = field(default_factory=lambda: [0., .5, .9])  # its number: each is tried; None = 1/classes
+    judge: str = ''  # an image-text model whose probabilities count (hub id or folder; tiny = that of the stage tiny); empty = the real classifier
+    revision: str = ''  # of the hub's judge: branch, tag or commit
+    templates: list[str] = field(default_factory=lambda: ['a photo of {a}.'])  # its texts: {class} or {a}; or a published row: plain, eurosat, ...
+    names: dict = field(default_factory=dict)  # class -> words for it in these texts
+    candidates: Annotated[int, (1, None)] = 2000  # of each class; published: all of them are looked at before any is chosen
     std: Annotated[float | None, (0.001, 10)] = None  # the generator's dial: spread of the latent; None = its default
     dials: dict = field(default_factory=dict)  # any of the generator's dials, e.g. {std: [1, 1.5], truncation: 2, standing: 16}
     per_class: Annotated[int | None, (1, None)] = None  # accepted images per class; None = as many as the real training split has on average
@@ -37,6 +45,20 @@ class FilterConfig:
     short: Literal['likeliest', 'any', 'stop'] = 'likeliest'  # a class with too few: fill with the likeliest of the rejected, with any, or stop
     proxy: Annotated[float, (0.001, 1)] = 0.25  # steps of a trial's classifier, as a share of the full recipe
     seed: Annotated[int, (0, None)] = 1  # candidates are addressed by (seed, class, index)
+    def __post_init__(self):  # said where the chain is started, used in a kernel that lives elsewhere
+        self.names = {str(k): str(v) for k, v in self.names.items()}
+        if self.judge and (re.match(r'[/~.]', self.judge) or '/' in self.judge and Path(self.judge).is_dir()):
+            self.judge = str(Path(self.judge).expanduser().absolute())
+    def check(self, facts: dict):
+        "Refuse what can be seen to be wrong before anything is drawn."
+        n = self.per_class or facts['n_train']//facts['classes']
+        if self.rule == 'published' and n > self.candidates:
+            raise SettingError(f'filter.per_class = {n}: the published rule looks at filter.candidates = {self.candidates} images of a class; '
+                               'take at most so many, or more candidates')
+        if self.judge.startswith('/') and not Path(self.judge).is_dir(): raise SettingError(f'filter.judge = {self.judge!r}: no such folder')
+        if self.judge == 'tiny' and not facts.get('pipeline', True):
+            raise SettingError("filter.judge = 'tiny': this chain has no stage tiny before the filter; add one, or name a model")
+        if self.judge: class_texts([], texts_for(self.templates, {}, [])[0])
 
 FILTER_PRESETS = dict(
     tiny=dict(tau=[0.0, 0.8], per_class=40, draws=4),
@@ -44,15 +66,17 @@ FILTER_PRESETS = dict(
     fashion_mnist=dict(tau=[0.0, 0.7], draws=4),
     mnist=dict(tau=[0.0, 0.7], draws=4),
     cifar10=dict(tau=[0.0, 0.3, 0.6, 0.9]),
-    smoke=dict(tau=[0.0, 0.5], per_class=4, draws=2),
+    smoke=dict(tau=[0.0, 0.5], per_class=4, draws=2, judge='', revision='', candidates=8),
+    published=dict(  # arXiv 2210.07574; its model, CLIP RN50, is none of `transformers`
+        rule='published', tau=None, judge='openai/clip-vit-base-patch16', per_class=800, candidates=2000),
 )
 
-# %% ../nbs/06_filter.ipynb #492184fe
+# %% ../nbs/06_filter.ipynb #673d204f
 class Scores:
     "images, labels -> numbers about each, a column a name: own, top, entropy; agree with an ensemble; distance with real features."
     def __init__(
         self,
-        classifier,  # of real images: `probs` and `features`; anything that has `probs` (an image-text model, say) will do without `real`
+        classifier,  # of real images, or an image-text model: `probs`, and `features` where there is `real`
         ensemble=(),  # further classifiers
         real: torch.Tensor | None = None,  # N×d features of real training images
         k: int = 5,  # whose distance to their k-th neighbour is the unit
@@ -71,7 +95,7 @@ class Scores:
         f = torch.from_numpy(as_features(self.classifier.features(images)))
         return torch.cat([(distances(f[s], self.real)/self.radius.clamp_min(1e-30)).min(1).values for s in blocks(len(f), 512)]).float()
 
-# %% ../nbs/06_filter.ipynb #47913e08
+# %% ../nbs/06_filter.ipynb #50cbe1d5
 def confident(images, labels, scores: dict, tau: float) -> torch.Tensor:
     "GaFi's rule (arXiv 2305.10118): the asked class is the likeliest, and p_c > tau."
     return scores['top'] & (scores['own'] > tau)
@@ -100,20 +124,21 @@ def near_real(images, labels, scores: dict, tau: float) -> torch.Tensor:
     "Not farther from a real training image than 1/tau times that image's own neighbours."
     return scores['distance']*tau <= 1
 
-RULES: dict = dict(confident=confident, above=above, best_share=best_share, agreed=agreed, doubtful=doubtful, near_real=near_real)
+RULES: dict = dict(confident=confident, above=above, best_share=best_share, agreed=agreed, doubtful=doubtful, near_real=near_real,
+                   published=above)  # its threshold; which of those above it are taken is said by `accept_published`
 
 def keep_rule(name: str, tau: float):
     "A rule of RULES with its number: (images, labels, scores) -> mask."
     if name not in RULES: raise SettingError(f'rule = {name!r}: {nearest(name, RULES)}')
     return lambda images, labels, scores: RULES[name](images, labels, scores, tau)
 
-# %% ../nbs/06_filter.ipynb #c884684a
+# %% ../nbs/06_filter.ipynb #282cccb1
 WINDOW = 128  # candidates of a class that a rule sees together: part of what `best_share` means
 
 class Pool:
     "Scores of candidates 0, 1, 2, ... of each class, in order."
-    def __init__(self, g: Generator, scores, seed: int, dials: dict, chunk: int = 1024):
-        self.g, self.scores, self.seed, self.dials, self.chunk = g, scores, seed, dials, -(-chunk//WINDOW)*WINDOW
+    def __init__(self, g: Generator, scores, seed: int, dials: dict, chunk: int = 1024, kept: Path | None = None):
+        self.g, self.scores, self.seed, self.dials, self.chunk, self.place = g, scores, seed, dials, -(-chunk//WINDOW)*WINDOW, kept
         self.columns: dict = {c: {} for c in g.trained}  # class -> column -> scores so far
     def seen(self, c: int) -> int:
         "How many candidates of class c are scored."
@@ -128,8 +153,15 @@ class Pool:
         "Make sure that the first n candidates of class c are scored."
         while (have := self.seen(c)) < (n := min(n, self.end(c))):
             index = torch.arange(have, min(-(-n//WINDOW)*WINDOW, have + self.chunk, self.end(c)))
-            new = self.scores(self.draw(c, index), torch.full_like(index, c))
+            new = self.scored(c, index)
             self.columns[c] = {k: torch.cat([self.columns[c][k], v]) if have else v for k, v in new.items()}
+    def scored(self, c: int, index: torch.Tensor) -> dict:
+        "Scores of candidates, from the disk where they are kept."
+        path = self.place and self.place/f'{c}-{int(index[0])}-{len(index)}.safetensors'
+        if path and path.exists(): return load_tensors(path)[0]
+        new = self.scores(self.draw(c, index), torch.full_like(index, c))
+        if path: save_tensors(path, new)
+        return new
     def kept(self, c: int, start: int, end: int, rule) -> torch.Tensor:
         "Mask of candidates start to end (whole windows; the last one of a set with an end may be smaller) of class c."
         end, out = min(end, self.end(c)), []
@@ -214,14 +246,16 @@ def proxy_steps(share: float, classifier, train) -> int:
     "Steps of a trial's classifier."
     return round(share*planned_steps(classifier.recipe, len(train)))
 
-# %% ../nbs/06_filter.ipynb #f54fa367
+# %% ../nbs/06_filter.ipynb #c7038840
 def work_filter(cfg: FilterConfig, facts: dict) -> dict:
     "Rough work of the stage: images sampled, scored and trained on."
     n = (cfg.per_class or facts['n_train']//facts['classes'])*facts['classes']
-    return dict(sample=2*n*(1 + len(cfg.tau)), classifier=len(cfg.tau)*cfg.proxy*facts['recipe_images'], disk=n*20 + 2e6)
+    tried = len(cfg.tau or [0])
+    looked = cfg.candidates*facts['classes'] if cfg.rule == 'published' else 2*n
+    return dict(sample=looked + 2*n*tried, classifier=tried*cfg.proxy*facts['recipe_images'], disk=n*20 + 2e6)
 
 def scores_for(rule: str, classifier, train) -> Scores:
-    "What a rule of RULES needs to know of candidates; `near_real` compares with at most 5000 training images."
+    "What a rule of RULES needs to know of candidates; `near_real` compares with at most 5000 training images. `classifier`: any judge."
     return Scores(classifier, real=classifier.features(train.images[evenly(train.labels, 5000, 0)]) if rule == 'near_real' else None)
 
 def told(g: Generator, folder: Path, stats: list, dials: dict, per_class: int, cfg) -> dict:
@@ -230,22 +264,56 @@ def told(g: Generator, folder: Path, stats: list, dials: dict, per_class: int, c
                 draws=cfg.draws, short=cfg.short, generator=folder.name, digest=g.digest, trained=g.trained,
                 collapsed=[g.classes[s['label']] for s in stats if s['acceptance'] < .05])
 
+def judged_by(how: dict, place, classifier, classes: list, device):
+    "Who gives the probabilities: the image-text model at `place` with its texts, or the classifier where there is none."
+    if not how['source']: return classifier
+    templates, names = texts_for(how['templates'], how['names'], classes)
+    return ImageText(place, classes, templates, names, how['revision'], str(device))
+
+def judge_of(stage: Stage, classifier, classes: list) -> tuple:  # (judge, what is to be remembered of an image-text model)
+    "The judge that the settings name."
+    c = stage.cfg
+    how, tiny = dict(source=c.judge, revision=c.revision, templates=c.templates, names=c.names), c.judge == 'tiny'
+    if tiny and 'pipeline' not in stage.inputs:
+        raise SettingError("filter.judge = 'tiny': this run has no stage tiny; add one, or name a model")
+    judge = judged_by(how, stage.input('pipeline')/'pipeline'/'clip' if tiny else c.judge, classifier, classes, stage.device)
+    return judge, dict(judge=how | {k: judge.facts[k] for k in ('model', 'weights', 'licence')}, look=judge.flops) if c.judge else {}
+
+def load_judge(folder, classifier, classes: list, device='cpu'):
+    "The judge of a filter's or a search's folder: an image-text model where one was named, else the classifier that is given."
+    how = load_json(Path(folder)/'result.json').get('judge')
+    if not how: return classifier
+    tiny = how['source'] == 'tiny' and next(iter(read_manifest(folder)['inputs']['pipeline']))
+    return judged_by(how, Path(folder).parent/tiny/'pipeline'/'clip' if tiny else how['source'], classifier, classes, device)
+
+def take(pool: Pool, cfg: FilterConfig, tau: float, n: int) -> tuple:
+    "(rows, stats) of a rule with its number."
+    if cfg.rule == 'published': return accept_published(pool, cfg.candidates, n, tau, cfg.seed)
+    return accept(pool, keep_rule(cfg.rule, tau), n, cfg.draws, cfg.short)
+
+def pool_for(stage: Stage, g: Generator, scores) -> Pool:
+    "The candidates of a stage; scores of a slow generator are kept until it is done."
+    more = dict(chunk=WINDOW, kept=stage.dir/'checkpoints'/'scores') if g.slow else {}
+    return Pool(g, scores, stage.cfg.seed, dials_of(stage.cfg), **more)
+
 def run_filter(stage: Stage) -> dict:
     "The stage: try the thresholds, choose on val, write the accepted addresses and a sample of the rejected."
     cfg, (train, val, classifier) = stage.cfg, stage_splits(stage)
     g = load_generator(stage.input('generator'), stage.device)
     dials, n = dials_of(cfg), per_class_of(cfg.per_class, train)
-    pool, sets = Pool(g, scores_for(cfg.rule, classifier, train), cfg.seed, dials), {}
+    judge, of = judge_of(stage, classifier, g.classes)
+    pool, sets = pool_for(stage, g, scores_for(cfg.rule, judge, train)), {}
     trials, steps = Trials(stage, val), proxy_steps(cfg.proxy, classifier, train)
-    for tau in cfg.tau:
-        sets[f'tau-{tau:g}'] = rows, stats = accept(pool, keep_rule(cfg.rule, tau), n, cfg.draws, cfg.short)
+    for tau in [1/len(g.classes)] if cfg.tau is None else cfg.tau:
+        sets[f'tau-{tau:g}'] = rows, stats = take(pool, cfg, tau, n)
         trials.run(f'tau-{tau:g}', lambda rows=rows: Fixed(*images_at(g, rows, cfg.seed, dials)), classifier.recipe, steps, tau=float(tau),
                    acceptance=float(np.mean([s['acceptance'] for s in stats])), fallback=sum(s['fallback'] for s in stats))
     rows, stats = sets[trials.best['trial']]
     save_table(stage.dir/'accepted.parquet', rows)
     save_rejected(stage, pool, keep_rule(cfg.rule, trials.best['tau']))
-    result = dict(chosen=trials.best['trial'], rule=cfg.rule, tau=trials.best['tau'], val_accuracy=trials.best['val_accuracy'],
-                  **told(g, stage.input('generator'), stats, dials, n, cfg))
+    shutil.rmtree(stage.dir/'checkpoints'/'scores', ignore_errors=True)
+    result = dict(chosen=trials.best['trial'], rule=cfg.rule, tau=trials.best['tau'], val_accuracy=trials.best['val_accuracy'], **of,
+                  **told(g, stage.input('generator'), stats, dials, n, cfg), **(dict(candidates=cfg.candidates) if cfg.rule == 'published' else {}))
     stage.finish(result)
     return result
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATE_PRESETS', 'FEATURES', 'GenerateConfig', 'addresses', 'Maker', 'Rows', 'shard_schema', 'shard_table',
-           'table_of', 'block_size', 'write_shard', 'write_shards', 'holds', 'load_set', 'write_folder', 'unpack',
-           'load_generators', 'describe', 'per_class_of', 'plain_addresses', 'dials_of', 'work_generate',
+           'table_of', 'block_size', 'kept_table', 'write_shard', 'write_shards', 'holds', 'load_set', 'write_folder',
+           'unpack', 'load_generators', 'describe', 'per_class_of', 'plain_addresses', 'dials_of', 'work_generate',
            'run_generate']
 
 # %% ../nbs/05b_generate.ipynb #d0b4cb87
@@ -129,16 +129,28 @@ def table_of(rows: Rows, made: dict) -> pa.Table:
                                                 synthetic=lambda m: m.g.synthetic).items()}
     return shard_table(rows.draw(), rows.label, rows.index, rows.makers[0].g.classes, **by, made=made, **rows.known)
 
-# %% ../nbs/05b_generate.ipynb #c7b6e078
+# %% ../nbs/05b_generate.ipynb #57133f51
 def block_size(shape) -> int:
     "Images that are drawn and encoded at once: at most 1,000, and at most 32 MB of pixels."
     return max(1, min(1000, 2**25//int(np.prod(shape))))
 
+def kept_table(path: Path, first: int, rows: Rows, made: dict) -> pa.Table:
+    "Rows of a shard, of which number `first` is the first, drawn as a table; of slow generators some at a time, kept beside the shard."
+    if not (slow := max(m.g.slow for m in rows.makers)): return table_of(rows, made)
+    out, step = [], -(-32//slow)*slow
+    for i in range(0, len(rows), step):
+        part, some = path.with_name(f'.{path.stem}-part-{first + i:06d}.parquet'), rows[i:i + step]
+        if not (part.exists() and holds(part, some)):
+            with atomic(part) as tmp: pq.write_table(table_of(some, made), tmp, write_page_checksum=True)
+        out.append(load_table(part))
+    return pa.concat_tables(out).combine_chunks().cast(shard_schema(rows.makers[0].g.classes, made))
+
 def write_shard(path, rows: Rows, made: dict):
     "Draw rows and write them as one Parquet file with page checksums, atomically."
-    size = block_size(rows.makers[0].g.shape)
+    path, size = Path(path), block_size(rows.makers[0].g.shape)
     with atomic(path) as tmp, pq.ParquetWriter(tmp, shard_schema(rows.makers[0].g.classes, made), compression='zstd', write_page_checksum=True) as w:
-        for i in range(0, len(rows), size): w.write_table(table_of(rows[i:i + size], made))
+        for i in range(0, len(rows), size): w.write_table(kept_table(path, i, rows[i:i + size], made))
+    for part in path.parent.glob(f'.{path.stem}-part-*.parquet'): part.unlink()
 
 def write_shards(folder, rows: Rows, size: int, device: str = 'cpu', track=lambda it, total, start, desc: it):
     "Draw and write shard after shard of `size` rows; good shards that are there already stay."

@@ -67,7 +67,7 @@ class ImageSet(Generator):
             rows[labels == c] = own[asked % len(own)]
         return self.images[rows]
 
-# %% ../nbs/05d_imported.ipynb #7f3c0502
+# %% ../nbs/05d_imported.ipynb #18eb2c3d
 def open_pool(path: Path) -> Opened | None:
     "An `.npz` of one part, with image(s) and label(s); None if it is laid out otherwise. Nothing is unpickled."
     try:
@@ -98,7 +98,7 @@ def open_made(path: str, part: str) -> tuple:  # (Part, class names or [])
     where = Path(path).expanduser()
     pool = open_pool(where) if where.suffix == '.npz' and where.is_file() else None
     found = open_hub(path[3:], part) if path.startswith('hf:') else pool or open_path(path)
-    if part not in found.parts: raise SettingError(f'imported.part = {part!r}: {path} has only {", ".join(found.parts)}')
+    if part not in found.parts: raise SettingError(f'part = {part!r} (imported.part or --part): {path} has only {", ".join(found.parts)}')
     one = found.parts[part]
     check_set(Opened({part: one}, found.classes or [str(i) for i in range(1 + int(one.labels.max(initial=0)))]), path)
     return one, found.classes

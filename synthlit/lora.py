@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['QKVO', 'LORA_PRESETS', 'TRAINING_TEMPLATE', 'CLIP_MEAN', 'CLIP_STD', 'LoraConfig', 'check_target', 'layers_of',
-           'new_lora', 'lora_weights', 'put_weights', 'noise_schedule', 'min_snr', 'dm_factors', 'dm_term', 'dm_share',
-           'class_mmd', 'cropped', 'encode', 'Latents', 'Texts', 'packed_order', 'Part', 'Feed', 'LoraState', 'rate',
-           'residuals', 'believed', 'seen', 'weighted', 'sums_of_parts', 'objective', 'lora_step', 'judge', 'pictures',
-           'LoraWatcher', 'train_lora', 'check_numbers', 'base_of', 'pipeline_folder', 'own_captions', 'captions_for',
-           'encoder_folder', 'tokens_for', 'shown_as', 'image_features', 'go_on_from', 'work_lora', 'feed_of',
-           'run_lora', 'with_real', 'finish_lora']
+           'new_lora', 'lora_weights', 'put_weights', 'noise_schedule', 'snr_weights', 'dm_factors', 'dm_term',
+           'dm_share', 'class_mmd', 'cropped', 'encode', 'Latents', 'Texts', 'packed_order', 'Part', 'Feed',
+           'LoraState', 'rate', 'residuals', 'believed', 'seen', 'weighted', 'sums_of_parts', 'objective', 'lora_step',
+           'judge', 'pictures', 'LoraWatcher', 'train_lora', 'check_numbers', 'base_of', 'pipeline_folder',
+           'own_captions', 'captions_for', 'encoder_folder', 'tokens_for', 'shown_as', 'image_features', 'go_on_from',
+           'work_lora', 'feed_of', 'run_lora', 'with_real', 'finish_lora']
 
-# %% ../nbs/04b_lora.ipynb #f6d50721
+# %% ../nbs/04b_lora.ipynb #a9bf87e8
 import json, math, os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,13 +26,14 @@ from .data import DataError
 from .generator import load_generator
 from .splits import Split, load_split
 from .classifier import rank_and_world
+from .diffusion import check_gamma, min_snr
 from .pipelines import (
-    captions_of, drawn_size, embed_images, encode_prompts, fetch_model, fill, find_folder, image_digests, quiet, ranks, read_lora,
+    captions_of, cut_off, drawn_size, embed_images, encode_prompts, fetch_model, fill, find_folder, image_digests, quiet, ranks, read_lora,
     spoken, vectors_for, with_token)
 from .gan.train import finish_first, share_gradients
 from .gan.watch import animate, save_picture, tiles
 
-# %% ../nbs/04b_lora.ipynb #f36e2bb3
+# %% ../nbs/04b_lora.ipynb #9733ee81
 QKVO = ('to_q', 'to_k', 'to_v', 'to_out.0')  # the four projections of an attention layer, as diffusers names them
 
 @dataclass
@@ -58,7 +59,7 @@ class LoraConfig:
     weight_decay: Annotated[float, (0, 1)] = 0.01  # of AdamW
     clip: Annotated[float, (0, None)] = 1.0  # largest norm of the gradient; 0 = off
     size: Annotated[int | None, (8, None)] = None  # side of the images as the VAE sees them; None = the pipeline's own
-    crop: Literal['random', 'centre'] = 'random'  # where images that are larger than that are cut
+    crop: Literal['shrink', 'random', 'centre'] = 'shrink'  # images that are larger than that: shrunk, or cut at a random place or the centre
     flip: bool = False  # left-right, with chance 1/2
     noise_offset: Annotated[float, (0, 1)] = 0.0  # a share of noise that is the same for all pixels of a channel
     precision: Literal['fp32', 'bf16'] = 'fp32'  # bf16: frozen weights and autocast; the LoRA itself stays fp32
@@ -85,8 +86,9 @@ class LoraConfig:
     def check(self, facts: dict):
         "Refuse what cannot be, as far as the facts are known."
         no = lambda name, why: SettingError(f'lora.{name} = {getattr(self, name)!r}: {why}')
+        check_gamma('lora', self.snr_gamma)
         if (self.steps is None) == (self.epochs is None): raise no('steps', 'set either steps or epochs, and the other to null')
-        if self.batch % self.pack: raise no('batch', f'must be a multiple of lora.pack = {self.pack}')
+        if self.batch % (least := self.pack*rank_and_world()[1]): raise no('batch', f'must be a multiple of lora.pack x processes = {least}')
         form = self.dm_form if self.dm else ''
         if form == 'mmd' and self.pack < 2: raise no('pack', 'dm_form = mmd compares images of one class: at least 2 of them must meet')
         if form == 'unbiased' and self.batch*self.accumulate < 2: raise no('batch', 'dm_form = unbiased compares pairs: at least 2 images')
@@ -152,7 +154,7 @@ def put_weights(unet: nn.Module, weights: dict, where='these LoRA weights'):
                         f'({len(odd)} of {len(mine)} tensors do not fit, such as {odd[0]})')
     set_peft_model_state_dict(unet, {k.removeprefix('unet.'): v for k, v in weights.items()}, adapter_name='lora')
 
-# %% ../nbs/04b_lora.ipynb #3c94b594
+# %% ../nbs/04b_lora.ipynb #91e7708f
 def noise_schedule(scheduler) -> tuple:
     "(T shares of signal, what the U-Net predicts) of a pipeline's scheduler: the noise it was trained with."
     from diffusers import DDPMScheduler
@@ -161,11 +163,9 @@ def noise_schedule(scheduler) -> tuple:
         raise SettingError(f'LoRA training knows pipelines that predict noise or velocity; this one has {type(scheduler).__name__} with {kind}')
     return DDPMScheduler.from_config(scheduler.config).alphas_cumprod, kind
 
-def min_snr(abar: torch.Tensor, gamma: float, kind: str = 'epsilon') -> torch.Tensor:
-    "Weights of timesteps with these shares of signal (2303.09556, Eq. 8; for velocity divided by SNR + 1); all 1 where gamma is 0."
-    snr = abar/(1 - abar)
-    if not gamma: return torch.ones_like(snr)
-    return (gamma/snr).clamp(max=1) if kind == 'epsilon' else snr.clamp(max=gamma)/(snr + 1)
+def snr_weights(abar: torch.Tensor, gamma: float, kind: str = 'epsilon') -> torch.Tensor:
+    "Weights of timesteps with these shares of signal: `min_snr` of chapter 03c, with the words of a pipeline's scheduler."
+    return min_snr(abar.sqrt(), (1 - abar).sqrt(), 'noise' if kind == 'epsilon' else 'v', gamma)
 
 # %% ../nbs/04b_lora.ipynb #715bc028
 def dm_factors(form: str, n: int) -> tuple:
@@ -210,17 +210,17 @@ def class_mmd(
     each = [(h*p)[labels == c].sum()/p[labels == c].sum() for c in labels.unique() if p[labels == c].sum() > 0]
     return torch.stack(each).mean() if each else h.sum()*0
 
-# %% ../nbs/04b_lora.ipynb #2ecd92dd
+# %% ../nbs/04b_lora.ipynb #5fe50993
 def cropped(
     images: torch.Tensor,  # N×C×S×S uint8
     size: int,  # side wanted
-    where: torch.Tensor,  # N×2 in [0, 1): where a larger image is cut; .5 = the centre
+    where: torch.Tensor | None,  # N×2 in [0, 1): where a larger image is cut, .5 = the centre; None = it is shrunk
     mirror: torch.Tensor,  # N bool
 ) -> torch.Tensor:  # N×3×size×size float in [-1, 1]
-    "Images as the VAE wants them: cut where they are larger, enlarged where they are smaller, grey ones in three channels."
+    "Images as the VAE wants them: cut or shrunk where they are larger, enlarged where they are smaller, grey ones in three channels."
     x, side = images.float()/127.5 - 1, images.shape[-1]
-    if side < size: x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(-1, 1)
-    if side > size:
+    if side < size or where is None and side != size: x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(-1, 1)
+    elif side > size:
         at = (where*(side - size + 1)).long().tolist()
         x = torch.stack([t[:, i:i + size, j:j + size] for t, (i, j) in zip(x, at)])
     return torch.where(mirror.view(-1, 1, 1, 1), x.flip(3), x).expand(-1, 3, -1, -1).contiguous()
@@ -237,13 +237,13 @@ def encode(vae, x: torch.Tensor, block: int = 16) -> torch.Tensor:
 class Latents:
     "Latents of a split's images, drawn at an address; kept where they fit."
     def __init__(self, vae, images: torch.Tensor, size: int, crop: str, flip: bool, room: float, seed: int):
-        self.vae, self.images, self.size, self.flip, self.seed = vae, images, size, flip, seed
+        self.vae, self.images, self.size, self.flip, self.seed, self.cuts = vae, images, size, flip, seed, crop != 'shrink'
         self.moves = crop == 'random' and images.shape[-1] > size
         one = encode(vae, self.floats(torch.arange(1), torch.full((1, 2), .5), torch.zeros(1, dtype=torch.bool)))
         self.bytes = one.numel()*4*len(images)*(1 + flip)
         self.kept = not self.moves and self.bytes <= room
         self.table = torch.stack([self.whole(m) for m in range(1 + flip)]) if self.kept else None
-    def floats(self, rows, where, mirror): return cropped(self.images[rows], self.size, where, mirror)
+    def floats(self, rows, where, mirror): return cropped(self.images[rows], self.size, where if self.cuts else None, mirror)
     def whole(self, mirror: int) -> torch.Tensor:
         "Moments of all images, or of their mirror images, block by block."
         blocks = torch.arange(len(self.images)).split(16)
@@ -259,17 +259,16 @@ class Latents:
 class Texts:
     "Text embeddings of a split's captions, each different caption once; with `tokens`, each image's own in the last place."
     def __init__(self, pipe, captions: list, room: float, tokens: torch.Tensor | None = None):
-        self.pipe, self.tokens, self.cut = pipe, tokens, 0  # cut: captions that are longer than the context
+        self.pipe, self.tokens = pipe, tokens
         self.unique, which = np.unique(np.array(captions, dtype=object).astype(str), return_inverse=True)
         self.which, one = torch.from_numpy(which.reshape(-1)), encode_prompts(pipe, [str(self.unique[0])])[0]
+        self.cut = sum(n > 0 for n in cut_off(pipe.tokenizer, self.unique.tolist()))  # captions that are longer than the context
         self.bytes = one.numel()*4*len(self.unique)
         self.kept = self.bytes <= room
         self.table = torch.cat([self.of(self.unique[i:i + 64]) for i in range(0, len(self.unique), 64)]) if self.kept else None
     def of(self, captions: np.ndarray) -> torch.Tensor:
         "Embeddings of captions, on the CPU."
-        embeds, cut = encode_prompts(self.pipe, captions.tolist())
-        self.cut += sum(n > 0 for n in cut)
-        return embeds.float().cpu()
+        return encode_prompts(self.pipe, captions.tolist())[0].float().cpu()
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         "N×L×d embeddings of the captions of these images."
         out = self.table[self.which[rows]] if self.kept else self.of(self.unique[self.which[rows].numpy()])
@@ -316,7 +315,7 @@ class Feed:
         whole = x, self.noise(x.shape, step), t, self.texts(rows), self.labels[rows]
         return [Part(*(v.to(self.device) for v in p)) for p in zip(*(v.chunk(parts) for v in whole))]
 
-# %% ../nbs/04b_lora.ipynb #d1f8e4cb
+# %% ../nbs/04b_lora.ipynb #9edeedec
 class LoraState:
     "A pipeline's U-Net with its LoRA, and the optimiser: all that a step changes."
     def __init__(self, pipe, cfg: LoraConfig, features=None):
@@ -372,7 +371,7 @@ def seen(s: LoraState, z: torch.Tensor) -> torch.Tensor:
 
 def weighted(s: LoraState, p: Part, r: torch.Tensor) -> tuple:
     "(denoising loss, weighted residuals u) of a part's residuals."
-    w = min_snr(s.abar[p.t], s.cfg.snr_gamma, s.kind)
+    w = snr_weights(s.abar[p.t], s.cfg.snr_gamma, s.kind)
     return (w*r.square().flatten(1).mean(1)).mean(), w.view(-1, 1, 1, 1)*r
 
 @torch.no_grad()
@@ -480,7 +479,7 @@ def check_numbers(s: LoraState, stage: Stage, step: int, losses: dict):
     raise FloatingPointError(f'{stage.dir.name}: the loss or the weights are no numbers at update {step}; the checkpoint of update '
                              f'{kept[-1] if kept else 0} is kept. Try a smaller lora.lr, or a smaller lora.dm where dm_form = published')
 
-# %% ../nbs/04b_lora.ipynb #4e29b6ad
+# %% ../nbs/04b_lora.ipynb #c4ce893b
 TRAINING_TEMPLATE = 'photo of {class}, {caption}'  # as published
 
 def base_of(folder, device: str, cfg: LoraConfig):
@@ -501,6 +500,9 @@ def pipeline_folder(g) -> Path:
 
 def own_captions(g, split: Split, without: str) -> list:
     "A generator's prompts for the images of its training split, in the split's order; image k of a class has the class's prompt number k."
+    of = {c: int((g.labels == c).sum()) if g.labels is not None else g.counts[c] for c in g.prompts}
+    if any(1 < len(v) == of[c] < g.counts[c] for c, v in g.prompts.items()):
+        raise SettingError('the captions of this generator are those of its shots, not of all training images: set lora.captions')
     prompts = [g.prompts[c][k % len(g.prompts[c])] for c, k in zip(split.labels.tolist(), ranks(split.labels).tolist())]
     return [p.removesuffix(without) for p in prompts]
 

@@ -220,7 +220,7 @@ def plan(params: dict) -> list:
             raise SettingError(f'{n.entry}: two variants would share the folder {n.name!r}: a value is said twice, or another entry has that name')
     return nodes
 
-# %% ../nbs/09_pipeline.ipynb #99dea7a1
+# %% ../nbs/09_pipeline.ipynb #e947d4e3
 def facts_of(node: Node, nodes: list) -> dict:
     "What is known of the data and recipe that a node works on."
     from synthlit.classifier import planned_steps
@@ -233,7 +233,7 @@ def facts_of(node: Node, nodes: list) -> dict:
     read, gans = node.reads.get('accepted', []), [n for n in node.reads.get('generator', []) if n.stage == 'gan']
     if read: facts |= dict(sets=len(read), accepted=min(n.cfg.per_class or facts.get('smallest', 10**9) for n in read))
     if len(gans) == 1: facts |= dict(pack=gans[0].cfg.pack, gan=gans[0].cfg, **(dict(source=gans[0].name) if '/' in gans[0].name else {}))
-    return {**facts, 'generators': len(read or node.reads.get('generator') or [1])}
+    return {**facts, 'generators': len(read or node.reads.get('generator') or [1]), 'pipeline': bool(node.reads.get('pipeline'))}
 
 def preflight(nodes: list):
     "Ask every stage whether the data can give what it wants; `SettingError` before anything has run."
@@ -558,7 +558,7 @@ def run_side_by_side(todo: list, nodes: list, params: dict, run: Path, machine: 
     if failed: raise failed[0]
     return worked
 
-# %% ../nbs/09_pipeline.ipynb #006d3bed
+# %% ../nbs/09_pipeline.ipynb #b6b0f16f
 def run_chain(
     params: dict,  # from `read_params`
     out=None,  # run folder; None = runs/<name>
@@ -625,21 +625,25 @@ def headline(folder: Path) -> str:
         return ''.join(f'\n    {x["row"]:32} test {100*x["test"]:.2f} %' + (f'  gap {100*x["gap"]:.2f}' if x['kind'] != 'real' else '')
                        for x in r['table'])
     if 'novel' in r and 'rows' in r: return ''.join(f'\n    {x["label"]:42} novel test {100*x["test"]:.2f} %' for x in r['rows'])
+    if 'transfer' in r: return ''.join(f'\n    {x["label"]:42} fine-tuned {100*x["tune"]:.2f} % of the target\'s test' for x in r['transfer'])
+    if 'chosen' in r and 'rows' in r: return ''.join(f'\n    {x["label"]:32} {x["shots"]:3} shots  test {100*x["test"]:.2f} %' for x in r['rows'])
     for k, text in dict(frechet='Fréchet distance to val in classifier features {:.2f}',
                         val_accuracy='val accuracy {:.4f}', images='{} images').items():
         if k in r: return f': {text.format(r[k])}'
     return ''
 
-# %% ../nbs/09_pipeline.ipynb #c1468cfb
+# %% ../nbs/09_pipeline.ipynb #76da198b
 def shrink(nodes: list):
     "Every node's settings made tiny by its stage's smoke preset."
+    few = max([16, *[4*n.cfg.shots for n in nodes if isinstance(getattr(n.cfg, 'shots', None), int)]])  # images of a class
     for n in nodes:
         Config, presets, _ = stage_parts(n.stage)
         n.cfg = resolve(
             Config, dataclasses.asdict(n.cfg), presets.get('smoke', {}),
-            dict(smoke=16, novel=min(n.cfg.novel, 3), k=min(n.cfg.k, 5), per_class=None) if n.stage == 'splits' else {},
+            dict(smoke=few, novel=min(n.cfg.novel, 3), k=min(n.cfg.k, 5), per_class=None,
+                 val=n.cfg.val and max(n.cfg.val, .25)) if n.stage == 'splits' else {},  # some of each class
             dict(precision='fp32') if n.stage == 'classifier' else {},
-            dict(steps=math.ceil(2/n.cfg.strength)) if n.stage == 'text2image' and n.cfg.strength else {})  # a weak strength leaves few of the steps
+            dict(steps=math.ceil(2/n.cfg.begins)) if n.stage == 'text2image' and n.cfg.begins else {})  # a weak strength leaves few of the steps
 
 def thinned(params: dict) -> dict:
     "Of every fan-out over numbers the first two, and one cut of the data: the others differ in nothing that could be wired wrong."

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['TEXT2IMAGE_PRESETS', 'TEMPLATES', 'SCHEDULERS', 'PIPELINES', 'PARTS', 'CONVERT', 'SINGLE', 'HUB', 'DTYPES', 'Drawing',
-           'Text2imageConfig', 'check_template', 'check_drawing', 'check_strength', 'scheduler_named', 'quiet',
-           'parts_of', 'check_folder', 'check_part', 'hub_error', 'find_folder', 'fetch_pipeline', 'fetch_model',
-           'known_digest', 'weights_digest', 'licence_of', 'pipeline_facts', 'drawn_size', 'dtype_of', 'load_pipeline',
-           'encode', 'cut_off', 'with_token', 'encode_prompts', 'conditions', 'fill', 'spoken', 'class_prompts',
-           'image_digests', 'write_texts', 'read_texts', 'write_vectors', 'read_vectors', 'full_blocks', 'known_values',
-           'by_digest', 'load_captioner', 'check_model', 'pictures', 'caption_rows', 'parquet_captions', 'key_of',
-           'load_captions', 'is_captions', 'captions_of', 'caption_prompts', 'load_encoder', 'embed_images',
-           'vectors_for', 'noise_of', 'to_pipeline', 'from_pipeline', 'is_edit', 'PipelineGenerator', 'check_rows',
-           'drawing_of', 'seen_from', 'in_range', 'read_lora', 'check_lora', 'add_lora', 'turn_lora', 'ranks',
-           'version_index', 'index_ranges', 'find_pipeline', 'name_of', 'stage_words', 'made_here', 'make_prompts',
-           'make_tokens', 'work_text2image', 'run_text2image', 'cuts_of', 'check_token_width', 'text2image_result',
-           'print_text2image']
+           'Text2imageConfig', 'check_template', 'check_drawing', 'scheduler_named', 'quiet', 'parts_of',
+           'check_folder', 'check_part', 'hub_error', 'find_folder', 'fetch_pipeline', 'fetch_model', 'known_digest',
+           'weights_digest', 'licence_of', 'pipeline_facts', 'drawn_size', 'dtype_of', 'load_pipeline', 'encode',
+           'cut_off', 'with_token', 'encode_prompts', 'conditions', 'fill', 'spoken', 'sentence_key', 'no_twins',
+           'check_list', 'load_prompts', 'class_prompts', 'image_digests', 'write_texts', 'read_texts', 'write_vectors',
+           'read_vectors', 'full_blocks', 'known_values', 'by_digest', 'load_captioner', 'check_model', 'pictures',
+           'caption_rows', 'parquet_captions', 'key_of', 'load_captions', 'is_captions', 'captions_of',
+           'caption_prompts', 'load_encoder', 'embed_images', 'vectors_for', 'noise_of', 'to_pipeline', 'from_pipeline',
+           'PipelineGenerator', 'check_rows', 'drawing_of', 'seen_from', 'in_range', 'read_lora', 'check_lora',
+           'add_lora', 'turn_lora', 'ranks', 'version_index', 'index_ranges', 'ranges_of', 'find_pipeline', 'name_of',
+           'made_prompts', 'stage_words', 'made_here', 'make_prompts', 'make_tokens', 'work_text2image',
+           'run_text2image', 'cuts_of', 'check_token_width', 'text2image_result', 'print_text2image']
 
-# %% ../nbs/03d_pipelines.ipynb #6e6f3237
+# %% ../nbs/03d_pipelines.ipynb #5bd9ba48
 import contextlib, functools, json, os, re, warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,12 +31,13 @@ from .core import (
     read_manifest, resolve,
     rng, said, save_table, save_tensors, show_grid)
 from .data import DataError, columns_of, decode, fit_image, parquet_cells, shards_of
-from .generator import Generator, latents, load_generator, run_blocks
+from .generator import Generator, check_guidance, latents, load_generator, run_blocks
 from .networks import forward_flops
 from .splits import Split, load_split
+from .diffusion import check_strength, covered, is_edit, shots_of, steps_left, strength_of
 from .tiny import random_pipeline
 
-# %% ../nbs/03d_pipelines.ipynb #a3f0486d
+# %% ../nbs/03d_pipelines.ipynb #e1278986
 @dataclass
 class Drawing:
     "How a pipeline draws."
@@ -43,7 +45,7 @@ class Drawing:
     revision: str = ''  # of the hub: branch, tag or commit; empty = its main one (the commit that was found is kept)
     scheduler: str = 'unipc'  # unipc, ddim, ddpm, dpm++, dpm++-karras, sde-dpm++-karras, euler, euler-a, heun, pndm, lcm; empty = the pipeline's own
     steps: Annotated[int, (1, 1000)] = 30  # of the scheduler
-    guidance: Annotated[float, (0, 100)] = 2.0  # classifier-free guidance; 1 and less = off
+    guidance: Annotated[float, (0, 100)] = 2.0  # classifier-free guidance; 1 or 0 = off
     strength: Annotated[float | None, (0.001, 1)] = None  # below 1: start from a real image, with so much of the steps still to go; None = from noise
     lora_scale: Annotated[float, (0, 10)] = 0.5  # how much of a LoRA's change counts; 0 = the pipeline as it is
     negative: str = 'distorted, unrealistic, blurry, out of frame, cropped, deformed'  # what guidance leads away from; empty = nothing in particular
@@ -59,7 +61,10 @@ class Text2imageConfig(Drawing):
     "Settings of a text-to-image generator."
     template: str = ''  # of prompts, with {class} and, where there are captions, {caption}; empty = as published
     names: dict = field(default_factory=dict)  # class -> words for it in prompts, where its name does not say what it is
-    prompts: str = ''  # JSON file: class -> list of whole prompts, used in turn; instead of a template
+    prompts: str = ''  # JSON file: class -> list of whole prompts, used in turn; empty = template, else those of the stage prompts
+    per_prompt: Annotated[int | None, (1, None)] = None  # images of each prompt, and then an end; None = endless
+    shots: Annotated[int | None, (1, None)] = None  # real guidance: begin at so many real images of each class; strength then has a default
+    shots_seed: Annotated[int, (0, None)] = 0  # of their choice
     captions: str = ''  # image-to-text model (hub id or folder), or a file with captions: .json, .jsonl, Parquet; empty = none
     caption_column: str = 'text'  # of that file
     missing: Literal['stop', 'template'] = 'stop'  # a real image without caption: an error, or the prompt without captions
@@ -71,6 +76,9 @@ class Text2imageConfig(Drawing):
     part: Annotated[int, (0, None)] = 0  # of the copy, 0 ... parts - 1: GPUs that share a job
     parts: Annotated[int, (1, None)] = 1  # how many share it
     lora: str = ''  # file or folder with LoRA weights (safetensors) made elsewhere
+    by_content = ('prompts', 'captions', 'embeddings', 'lora')  # files of which the content counts, not the place
+    @property
+    def begins(self) -> float | None: return strength_of(dict(strength=self.strength, shots=self.shots))  # the strength that counts
     def __post_init__(self):
         super().__post_init__()
         self.names = {str(k): str(v) for k, v in self.names.items()}  # YAML reads 3: as a number
@@ -80,6 +88,9 @@ class Text2imageConfig(Drawing):
     def check(self, facts: dict):
         "Refuse what can be seen to be wrong before anything is loaded."
         check_drawing(self)
+        check_strength(self.begins, self.steps)
+        if self.shots and self.shots > facts.get('smallest', self.shots):
+            raise SettingError(f'text2image.shots = {self.shots}: the smallest class of the training split has {facts["smallest"]} images')
         check_template(self.template, bool(self.captions))
         if self.part >= self.parts:
             raise SettingError(f'text2image.part = {self.part}: parts are counted from 0, the last of {self.parts} is {self.parts - 1}')
@@ -87,7 +98,7 @@ class Text2imageConfig(Drawing):
             local = k in ('prompts', 'embeddings', 'lora') or getattr(self, k).startswith('/')
             if (v := getattr(self, k)) and local and not Path(v).exists(): raise SettingError(f'text2image.{k} = {v!r}: no such file or folder')
 
-TEXT2IMAGE_PRESETS = dict(
+TEXT2IMAGE_PRESETS: dict = dict(
     tiny=dict(model='random', steps=4, size=16),
     digits=dict(strength=.75),
     fashion_mnist=dict(strength=.75),
@@ -98,9 +109,13 @@ TEXT2IMAGE_PRESETS = dict(
     published=dict(  # generation of arXiv 2310.10402; which BLIP-2 it was is not known
         model='stable-diffusion-v1-5/stable-diffusion-v1-5', strength=.75, size=512, batch=24, precision='fp16', offload=True, tokens=True,
         image_encoder='openai/clip-vit-large-patch14', captions='Salesforce/blip2-opt-2.7b'),
+    zero_shot=dict(  # generation of arXiv 2210.07574, with a public pipeline in place of GLIDE: see the table below
+        model='stable-diffusion-v1-5/stable-diffusion-v1-5', scheduler='ddpm', steps=100, guidance=3.0, negative='', size=512, batch=10,
+        precision='fp16', per_prompt=10),
 )
+TEXT2IMAGE_PRESETS |= dict(real_guidance={**TEXT2IMAGE_PRESETS['zero_shot'], 'per_prompt': None, 'shots': 16})
 
-# %% ../nbs/03d_pipelines.ipynb #189dee78
+# %% ../nbs/03d_pipelines.ipynb #b440c304
 TEMPLATES = ('{class}, photo, best quality', 'photo of {class}, {caption}, best quality')  # without and with captions (Real-Fake)
 
 def check_template(template: str, captions: bool):
@@ -116,16 +131,10 @@ def check_template(template: str, captions: bool):
 def check_drawing(d: Drawing):
     "`SettingError` for settings of drawing that cannot be."
     if d.scheduler not in ('', *SCHEDULERS): raise SettingError(f'text2image.scheduler = {d.scheduler!r}: {nearest(d.scheduler, SCHEDULERS)}')
-    check_strength(d.strength, d.steps)
+    check_strength(d.strength, d.steps), check_guidance(d.guidance)
     local = re.match(r'[/~.]', d.model) or d.model.count('/') > 1
     if local and not Path(d.model).exists():
         raise SettingError(f'text2image.model = {d.model!r}: no such folder; a pipeline of a hub is written USER/NAME')
-
-def check_strength(strength, steps: int):
-    "`SettingError` where nothing would be left to do."
-    if strength is not None and not 0 < strength <= 1: raise SettingError(f'strength = {strength}: above 0 (the real image) to 1 (from noise alone)')
-    if strength is not None and int(steps*strength) < 1:
-        raise SettingError(f'strength = {strength} of steps = {steps} leaves no step to do: take at least steps = {int(np.ceil(1/strength))}')
 
 # %% ../nbs/03d_pipelines.ipynb #bf7d3d8e
 SCHEDULERS: dict[str, tuple] = dict(
@@ -326,7 +335,7 @@ def encode_prompts(
     "Last hidden states of the text encoder; an image token, if any, in place of the last position (2310.10402)."
     return with_token(encode(pipe, prompts)[0], tokens), cut_off(pipe.tokenizer, prompts)
 
-# %% ../nbs/03d_pipelines.ipynb #0fb64fd3
+# %% ../nbs/03d_pipelines.ipynb #507c0838
 def conditions(pipe, prompts: list, negative: str, tokens: torch.Tensor | None = None) -> dict:
     "What a pipeline is called with for these prompts: embeddings of both branches of guidance, and pooled ones where it (SDXL) wants them."
     (e, p), (n, q) = encode(pipe, prompts), encode(pipe, [negative]*len(prompts))
@@ -341,19 +350,43 @@ def spoken(c: str, names: dict) -> str:
     "A class's name as words: given ones, else with spaces for underscores."
     return str(names.get(c, c)).replace('_', ' ')
 
-def class_prompts(classes: list, cfg: Text2imageConfig) -> dict:  # label -> list of prompts, used in turn
-    "Prompts without captions: from a file, else one for each class from the template."
+def sentence_key(sentence: str) -> str:
+    "Sentences with the same key are the same: case, spaces and a last full stop do not count."
+    return ' '.join(sentence.casefold().split()).rstrip(' .!')
+
+def no_twins(pairs: list) -> dict:
+    "A JSON object whose keys all differ."
+    if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]: raise ValueError(f'{twice[0]!r} is there twice')
+    return dict(pairs)
+
+def check_list(path, c: str, value):
+    "`DataError` unless a class's value is a list of different sentences."
+    if not isinstance(value, list) or not value: raise DataError(f'{path}: class {c!r} has no sentences: give it a list')
+    if bad := [i for i, s in enumerate(value) if not isinstance(s, str) or not s.strip()]:
+        raise DataError(f'{path}: class {c!r}: number {bad[0]} of its list is no sentence: delete it')
+    if twice := [k for k, n in Counter(map(sentence_key, value)).items() if n > 1]:
+        raise DataError(f'{path}: class {c!r} has {twice[0]!r} more than once: delete all but one')
+
+def load_prompts(path, classes: list | None = None) -> dict:  # class -> sentences, in the order of the classes
+    "Prompts of a file, checked; with `classes` it must have exactly these."
+    try: said = json.loads(Path(path).read_text(encoding='utf-8'), object_pairs_hook=no_twins)
+    except (ValueError, OSError) as e: raise DataError(f'{path} cannot be read as prompts: {e}') from e
+    if not isinstance(said, dict): raise DataError(f'{path} is no JSON object: expected {{"class": ["sentence", ...], ...}}')
+    classes = [str(c) for c in classes] if classes is not None else list(said)
+    if strange := [c for c in said if c not in classes]:
+        raise DataError(f'{path} has {strange[0]!r}, which is no class; {nearest(strange[0], classes)}')
+    if lacking := [c for c in classes if c not in said]:
+        raise DataError(f'{path} has no prompts for {", ".join(lacking[:5])}: give every class a list')
+    for c in classes: check_list(path, c, said[c])
+    return {c: said[c] for c in classes}
+
+def class_prompts(classes: list, cfg: Text2imageConfig, made='') -> dict:  # label -> list of prompts, used in turn
+    "Prompts without captions: from a file (the settings', else `made`), else one for each class from the template."
     if strange := sorted(map(str, set(cfg.names) - set(classes))):
         raise SettingError(f'text2image.names has {strange[0]!r}, which is no class; {nearest(strange[0], classes)}')
     template = cfg.template if '{caption}' not in cfg.template and cfg.template else TEMPLATES[0]
-    if not cfg.prompts: return {i: [fill(template, spoken(c, cfg.names))] for i, c in enumerate(classes)}
-    try: said = json.loads(Path(cfg.prompts).read_text())
-    except (ValueError, OSError) as e: raise DataError(f'{cfg.prompts} is not readable JSON: {e}') from e
-    if not isinstance(said, dict): raise DataError(f'{cfg.prompts} is not a mapping of classes to lists of prompts')
-    if lacking := [c for c in classes if not said.get(c)]:
-        raise DataError(f'{cfg.prompts} has no prompts for {", ".join(lacking[:5])}: give every class a list')
-    if odd := [c for c in classes if not isinstance(said[c], list)]: raise DataError(f'{cfg.prompts}: the prompts of {odd[0]} are not a list')
-    return {i: [str(p) for p in said[c]] for i, c in enumerate(classes)}
+    if file := cfg.prompts or made: return dict(enumerate(load_prompts(file, classes).values()))
+    return {i: [fill(template, spoken(c, cfg.names))] for i, c in enumerate(classes)}
 
 # %% ../nbs/03d_pipelines.ipynb #b708a40a
 def image_digests(images: torch.Tensor) -> list:
@@ -551,29 +584,25 @@ def vectors_for(images: torch.Tensor, values: dict) -> torch.Tensor:  # N×d, in
     "The embeddings of these images."
     return torch.stack([values[k] for k in image_digests(images)])
 
-# %% ../nbs/03d_pipelines.ipynb #32326aa0
+# %% ../nbs/03d_pipelines.ipynb #b27d20e6
 def noise_of(seed: int, label: int, index: int) -> torch.Generator:
     "The generator of all noise that a pipeline draws for one candidate; on the CPU, so the numbers are the same everywhere."
     return torch.Generator().manual_seed(int(rng(seed, f'pipeline.{label}', index).integers(2**32)))
 
 def to_pipeline(images: torch.Tensor, size: int) -> torch.Tensor:  # N×3×size×size float in [0, 1]
-    "Real images (uint8 N×C×H×W) as a pipeline takes them."
+    "Real images (uint8 N×C×H×W) as a pipeline takes them; where they are no squares, the middle of them."
     x = images.float().expand(-1, 3, -1, -1)/255
-    return x if x.shape[2:] == (size, size) else F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 1)
+    return x if x.shape[2:] == (size, size) else covered(x, (size, size)).clamp(0, 1)
 
 def from_pipeline(x: torch.Tensor, shape) -> torch.Tensor:  # uint8 N×C×H×W
     "A pipeline's pictures (N×3×S×S in [0, 1]) in the splits' shape; grey by luminance."
     x = x.float().cpu()
     if not torch.isfinite(x).all(): raise RuntimeError('the pipeline drew numbers that are none (NaN): set precision = fp32 or bf16')
-    if x.shape[2:] != tuple(shape[1:]): x = F.interpolate(x, tuple(shape[1:]), mode='bicubic', antialias=True)
+    x = covered(x, shape[1:])
     if shape[0] == 1: x = (x*torch.tensor([.299, .587, .114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     return (x*255).round().clamp(0, 255).byte()
 
-def is_edit(strength) -> bool:
-    "Does generation start from a real image?"
-    return strength is not None and strength < 1
-
-# %% ../nbs/03d_pipelines.ipynb #fec3781f
+# %% ../nbs/03d_pipelines.ipynb #0df5ed8d
 class PipelineGenerator(Generator):
     "A text-to-image pipeline as a generator. Keeps prompts, references and LoRA; the pipeline's own weights stay where they are until needed."
     family = 'synthlit.pipelines:PipelineGenerator'
@@ -582,6 +611,7 @@ class PipelineGenerator(Generator):
         self.draw, self.facts, self.classes, self.shape, self.prompts, self.counts = draw, facts, list(classes), tuple(shape), prompts, list(counts)
         self.labels, self.images, self.tokens, self.lora, self.ranges, self.device = labels, images, tokens, lora or {}, ranges, device
         self.trained, self.size, self.licence = sorted(prompts), drawn_size(draw.size, facts), facts.get('licence', '')
+        self.slow = draw.batch
         self.dials = dict(steps=draw.steps, guidance=draw.guidance, strength=draw.strength, lora_scale=draw.lora_scale)
         self.rows = {c: torch.nonzero(labels == c)[:, 0] for c in self.trained} if labels is not None else {}
         check_rows(self)
@@ -646,10 +676,11 @@ class PipelineGenerator(Generator):
     def check(self, labels, index, dials: dict) -> dict:
         "The dials with their defaults; refuses what this pipeline cannot do."
         d = super().check(labels, index, dials)
-        check_strength(d['strength'], d['steps'])
+        check_strength(d['strength'], d['steps']), check_guidance(d['guidance'])
         if is_edit(d['strength']) and self.images is None:
-            raise SettingError(f'strength = {d["strength"]}: this generator was made without real images; set text2image.strength when it is made')
-        for k, low in dict(steps=1, guidance=0, lora_scale=0).items():
+            raise SettingError(f'strength = {d["strength"]}: this generator was made without real images; set text2image.strength (or shots) when it '
+                               'is made')
+        for k, low in dict(steps=1, lora_scale=0).items():
             if not d[k] >= low: raise SettingError(f'{k} = {d[k]}: must be at least {low}')
         return d
     def sample(self, labels, index, *, seed: int = 0, **dials):
@@ -665,9 +696,14 @@ class PipelineGenerator(Generator):
         prompts = [self.prompts[c][i % len(self.prompts[c])] for c, i in at]
         call = conditions(self.pipe, prompts, self.draw.negative, None if self.tokens is None else self.tokens[rows])
         call |= dict(num_inference_steps=d['steps'], guidance_scale=d['guidance'], output_type='pt', generator=[noise_of(seed, c, i) for c, i in at])
-        if is_edit(d['strength']): x = self.editor(image=to_pipeline(self.images[rows], self.size), strength=d['strength'], **call).images
+        if is_edit(d['strength']):
+            strength = (steps_left(d['steps'], d['strength']) + .5)/d['steps']  # diffusers cuts to whole steps, and 0.29 of 100 to 28
+            x = self.editor(image=to_pipeline(self.images[rows], self.size), strength=strength, **call).images
         else: x = self.pipe(latents=self.start(labels, index, seed), height=self.size, width=self.size, **call).images
         return from_pipeline(x, self.shape)
+    def guides(self, dials: dict) -> int:
+        "How many real images a set with these dials begins at."
+        return len(self.images) if self.images is not None and is_edit({**self.dials, **dials}['strength']) else 0
     def prompts_of(self, labels, index) -> list:
         "The prompt of each candidate."
         labels, index = torch.as_tensor(labels), torch.as_tensor(index)
@@ -684,7 +720,7 @@ class PipelineGenerator(Generator):
         net, zeros = self.pipe.unet, lambda *s: torch.zeros(1, *s, dtype=self.pipe.unet.dtype)
         z = zeros(net.config.in_channels, *[self.size//self.facts['factor']]*2)
         text = zeros(self.pipe.tokenizer.model_max_length, net.config.cross_attention_dim)
-        steps = int(self.draw.steps*(self.draw.strength or 1))*(2 if self.draw.guidance > 1 else 1)
+        steps = steps_left(self.draw.steps, self.draw.strength)*(2 if self.draw.guidance > 1 else 1)
         return steps*forward_flops(net, z, torch.tensor(1), text) + forward_flops(self.pipe.vae.decoder, z[:, :self.pipe.vae.config.latent_channels])
 
 def check_rows(g: PipelineGenerator):
@@ -772,12 +808,18 @@ def index_ranges(
     if version is None and parts == 1: return None
     return {c: (n*(version or 0) + n*part//parts, n*(version or 0) + n*(part + 1)//parts) for c, n in enumerate(counts)}
 
-# %% ../nbs/03d_pipelines.ipynb #2e8ae3cf
+# %% ../nbs/03d_pipelines.ipynb #ad9b962c
+def ranges_of(cfg: Text2imageConfig, prompts: dict, counts: list) -> dict | None:
+    "Candidates that the generator has, see `index_ranges`; with `per_prompt` a copy is so many images of every prompt."
+    if cfg.per_prompt is None: return index_ranges(counts, cfg.version, cfg.part, cfg.parts)
+    return index_ranges([cfg.per_prompt*len(prompts[c]) for c in sorted(prompts)], cfg.version or 0, cfg.part, cfg.parts)
+
+# %% ../nbs/03d_pipelines.ipynb #0e202aa2
 def find_pipeline(stage: Stage) -> str:
     "Folder or hub id of the pipeline that the settings ask for."
     if stage.cfg.model == 'random':
         print('model = random: an untrained pipeline, whose pictures are noise; it only tries the chain')
-        words = [*stage_words(stage.cfg), *load_split(stage.input('splits'), 'val').classes]
+        words = [*stage_words(stage), *load_split(stage.input('splits'), 'val').classes]
         with quiet(): return str(random_pipeline(stage.dir/'pipeline', words, stage.cfg.size or 16))
     if stage.cfg.model: return stage.cfg.model
     if 'pipeline' in stage.inputs: return str(stage.input('pipeline')/'pipeline')
@@ -788,9 +830,17 @@ def name_of(stage: Stage, facts: dict) -> str:
     if stage.cfg.model == 'random': return 'untrained'
     return facts['name'] if stage.cfg.model else stage.input('pipeline').name
 
-def stage_words(cfg: Text2imageConfig) -> list:
+def made_prompts(stage: Stage) -> str:
+    "The file of the stage `prompts`, where the run has one and the settings ask for no other prompts; '' if not."
+    own = stage.cfg.prompts or stage.cfg.template or 'prompts' not in stage.inputs
+    return '' if own else str(stage.input('prompts')/'prompts.json')
+
+def stage_words(stage: Stage) -> list:
     "Words of prompts besides class names, for the tokenizer of an untrained pipeline."
-    return [*TEMPLATES, cfg.template, cfg.negative, *map(str, cfg.names.values())]
+    cfg = stage.cfg
+    file = cfg.prompts or made_prompts(stage)
+    sentences = [s for ss in load_prompts(file).values() for s in ss] if file else []
+    return [*TEMPLATES, cfg.template, cfg.negative, *map(str, cfg.names.values()), *sentences]
 
 def made_here(facts: dict) -> dict:
     "What a pipeline of the stage tiny says of itself (what it saw, its templates); {} of others."
@@ -801,7 +851,7 @@ def make_prompts(stage: Stage, train: Split, own: dict) -> dict:  # label -> pro
     "Prompts as the settings say; captions are made or read."
     cfg = stage.cfg
     template = cfg.template or own.get('templates', [''])[0].replace('{}', '{class}')  # as the pipeline was trained, if it was trained here
-    if not cfg.captions: return class_prompts(train.classes, replace(cfg, template=template))
+    if not cfg.captions: return class_prompts(train.classes, replace(cfg, template=template), made_prompts(stage))
     made = stage.dir/'captions.parquet'
     captions = captions_of(train.images, cfg.captions, made, cfg.caption_column, stage.device, cfg.precision, track=stage.track)
     return caption_prompts(train, captions, cfg)
@@ -816,7 +866,8 @@ def make_tokens(stage: Stage, train: Split, source: str) -> torch.Tensor | None:
 
 def work_text2image(cfg: Text2imageConfig, facts: dict) -> dict:
     "Rough work of the stage: bytes written."
-    return dict(disk=1e6 + (facts['n_train']*int(np.prod(facts['shape'])) if is_edit(cfg.strength) else 0))
+    kept = cfg.shots*facts['classes'] if cfg.shots else facts['n_train']
+    return dict(disk=1e6 + (kept*int(np.prod(facts['shape'])) if is_edit(cfg.begins) else 0))
 
 def run_text2image(stage: Stage) -> dict:
     "The stage: prompts, references and tokens around a pipeline, as a generator's folder."
@@ -827,16 +878,17 @@ def run_text2image(stage: Stage) -> dict:
     facts |= dict(licence=cfg.licence or facts['licence'], name=name_of(stage, facts))
     drawn_size(cfg.size, facts)
     own = made_here(facts)
-    prompts, tokens = make_prompts(stage, train, own), make_tokens(stage, train, source)
+    some = train.take(shots_of(train, cfg.shots, cfg.shots_seed)) if cfg.shots else train
+    prompts, tokens = make_prompts(stage, some, own), make_tokens(stage, some, source)
     counts = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
-    images = train.images if is_edit(cfg.strength) else None
-    real = dict(labels=train.labels, images=images, tokens=tokens) if images is not None or tokens is not None else {}
-    g = PipelineGenerator(drawing_of(cfg), facts, train.classes, train.images.shape[1:], prompts, counts, **real, device=stage.device,
-                          lora=read_lora(cfg.lora) if cfg.lora else None, ranges=index_ranges(counts, cfg.version, cfg.part, cfg.parts))
+    images = some.images if is_edit(cfg.begins) else None
+    real = dict(labels=some.labels, images=images, tokens=tokens) if images is not None or tokens is not None else {}
+    g = PipelineGenerator(replace(drawing_of(cfg), strength=cfg.begins), facts, train.classes, train.images.shape[1:], prompts, counts, **real,
+                          device=stage.device, lora=read_lora(cfg.lora) if cfg.lora else None, ranges=ranges_of(cfg, prompts, counts))
     check_token_width(g)
     g.save(stage.dir)
     stage.saw = tuple(dict.fromkeys([*(train.saw if real or cfg.captions else ()), *own.get('saw', [])]))
-    result = text2image_result(g, stage.dir)
+    result = text2image_result(g, stage.dir) | (dict(shots=cfg.shots) if cfg.shots else {})
     stage.finish(result, cuts_of(stage, own))
     return result
 
@@ -868,5 +920,6 @@ def print_text2image(r: dict):
     at = f'@{p["revision"][:12]}' if p['revision'] else ''
     print(f'{p["name"]}{at}, a {p["kind"]}, licence {p["licence"] or "unknown"}, weights {p["weights"][:12]}; drawn at {r["size"]} pixels')
     print(f'{r["prompts"]:,} different prompts, such as {r["example"]!r}; {r["references"]:,} references, {r["tokens"]:,} image tokens')
+    if r.get('shots'): print(f'real guidance: {r["shots"]} real images of each class, strength {r["dials"]["strength"]:g}')
     if r['truncated']: print(f'{r["truncated"]:,} prompts are longer than the context and lose up to {r["most_cut"]} tokens at their end')
     print('dials: ' + ', '.join(f'{k} = {v}' for k, v in r['dials'].items()))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Member', 'load_member', 'stream_class', 'share_out', 'Used', 'Recycled']
 
-# %% ../nbs/06b_recycle.ipynb #26aeeeb6
+# %% ../nbs/06b_recycle.ipynb #ddab4460
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from .core import SettingError
 from .generator import Generator
 from .classifier import epoch_order
 from .imported import ImageSet
-from .filter import WINDOW, fill_up, keep_rule, load_accepted, scores_for
+from .filter import WINDOW, fill_up, keep_rule, load_accepted, load_judge, scores_for
 
 # %% ../nbs/06b_recycle.ipynb #f4741733
 class Member(NamedTuple):
@@ -34,11 +34,12 @@ class Member(NamedTuple):
         "Images of candidates of class c."
         return self.g.sample(torch.full_like(index, c), index, seed=self.seed, **self.dials)
 
-# %% ../nbs/06b_recycle.ipynb #3d29f0bc
+# %% ../nbs/06b_recycle.ipynb #511d3bf8
 def load_member(folder, classifier, train, device='cpu') -> Member:
     "The generator of a filter or search stage's folder with the settings chosen there; its candidates begin where those of the folder do."
     g, _, r = load_accepted(folder, device)
-    return Member(g, keep_rule(r['rule'], r['tau']), scores_for(r['rule'], classifier, train), r['dials'], r['seed'], r['draws'], r['short'])
+    scores = scores_for(r['rule'], load_judge(folder, classifier, g.classes, device), train)
+    return Member(g, keep_rule(r['rule'], r['tau']), scores, r['dials'], r['seed'], r['draws'], r['short'])
 
 # %% ../nbs/06b_recycle.ipynb #47c0bad9
 def stream_class(m: Member, c: int, start: int, n: int, tally: dict):

@@ -10,9 +10,9 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'S
            'table_section', 'recall_part', 'copies_part', 'privacy_part', 'asked_part', 'beside_section', 'first',
            'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words', 'filter_part',
            'filter_section', 'mixture_section', 'has', 'curves_section', 'fewshot_section', 'splits_section',
-           'fewscores_part', 'fewscores_section', 'optimism_part', 'epochs_part', 'openings_part', 'leak_part',
-           'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part', 'page', 'make_report',
-           'work_report', 'run_report']
+           'fewscores_part', 'fewscores_section', 'shots_part', 'tuned_section', 'transfer_part', 'transferred_section',
+           'optimism_part', 'epochs_part', 'openings_part', 'leak_part', 'honesty_section', 'times_part',
+           'provenance_section', 'section', 'state_part', 'page', 'make_report', 'work_report', 'run_report']
 
 # %% ../nbs/08c_report.ipynb #a9eba7e3
 import base64, functools, html, io, json, re, time
@@ -532,7 +532,7 @@ def samples_section(v: RunView):
             el('div', figs, class_='figs'),
             el('p', f'Not pictured: {"; ".join(left)}.', class_='note') if left else None, None if gens else missing('a generator')]
 
-# %% ../nbs/08c_report.ipynb #13a5fb53
+# %% ../nbs/08c_report.ipynb #732f53da
 def filter_figs(f: Folder, v: RunView) -> list:
     "Kept and rejected images of a filter stage, class by class."
     g, kept, r = load_accepted(f.path)
@@ -547,7 +547,8 @@ def filter_figs(f: Folder, v: RunView) -> list:
 def chosen_words(r: dict) -> str:
     "The settings of a filter or a search in words."
     spread = f'std {r["std"]:g}, ' if 'std' in r else f'std {r["dials"]["std"]}, ' if 'std' in r['dials'] else ''
-    return f'{r["ckpt"] + " checkpoint, " if "ckpt" in r else ""}{spread}{r["rule"]} τ = {r["tau"]:g}'
+    judge = f', judged by {r["judge"]["model"]}' if r.get('judge') else ''
+    return f'{r["ckpt"] + " checkpoint, " if "ckpt" in r else ""}{spread}{r["rule"]} τ = {r["tau"]:g}{judge}'
 
 def filter_part(f: Folder, v: RunView, pictures: bool) -> list:
     "One filter stage: choice, pictures, acceptance per class, ledger."
@@ -672,6 +673,45 @@ def fewscores_section(v: RunView):
     if not (found := v.of('fewscores')): return missing('few-shot classification')
     return [[el('h3', f.name) if len(found) > 1 else None, fewscores_part(f)] for f in found]
 
+# %% ../nbs/08c_report.ipynb #d7fb8f15
+def shots_part(f: Folder) -> list:
+    "Accuracy of a tuned image-text model, by method and number of real images."
+    rows, pc = sorted(f.result['rows'], key=lambda r: r['shots']), lambda r, k: '–' if r.get(k) is None else percent(r[k])
+    said_ = lambda r: f'{r["label"]}, {r["shots"]} shots' if r['shots'] else r['label']
+    kind = lambda r: 'synthetic' if r['source'] else 'real' if r['shots'] else 'floor'
+    zero = next((r['test'] for r in rows if r['method'] == 'zero-shot'), None)
+    heads = ['method', 'shots', 'test %', 'interval', 'gain', 'interval', 'val %', 'WiSE-FT %']
+    cells = [[r['label'], f'{r["shots"]}', pc(r, 'test'), ci(r['test_low'], r['test_high']), '–' if r['gain'] is None else f'{100*r["gain"]:+.1f}',
+              ci(r['gain_low'], r['gain_high']), pc(r, 'val'), pc(r, 'wise')] for r in rows]
+    dot = lambda r: dict(label=said_(r), value=r['test'], low=r['test_low'], high=r['test_high'], text=f'{percent(r["test"])} %', kind=kind(r))
+    return [dots([dot(r) for r in rows], zero),
+            table(heads, cells, max(range(len(rows)), key=lambda i: -1 if rows[i]['val'] is None else rows[i]['val'])),
+            el('p', f'{f.result["n_test"]["test"]:,} sealed test images, {max(r["seeds"] for r in rows)} seeds; dashed: zero-shot. Gain: over real '
+                    'images alone at the same shots; of real images themselves, and at no shots, over zero-shot.', class_='note')]
+
+def tuned_section(v: RunView):
+    "Every tuning of an image-text model."
+    if not (found := v.of('tuned')): return missing('tuning')
+    return [[el('h3', f.name) if len(found) > 1 else None, shots_part(f)] for f in found]
+
+def transfer_part(f: Folder) -> list:
+    "Accuracy on the target after each pre-training: probe and fine-tuning."
+    rows = f.result['transfer']
+    kind = lambda r: dict(scratch='floor', real='real').get(r['kind'], 'synthetic')
+    zero = next((r['tune'] for r in rows if r['kind'] == 'scratch'), None)
+    cells = [[r['label'], f'{r["pretrain_steps"]:,}'] + [x for how in ('probe', 'tune') for x in (
+        percent(r[how]), ci(r[f'{how}_low'], r[f'{how}_high']), '–' if r['kind'] == 'scratch' else f'{100*r[how + "_gain"]:+.1f}')] for r in rows]
+    dot = lambda r: dict(label=r['label'], value=r['tune'], low=r['tune_low'], high=r['tune_high'], text=f'{percent(r["tune"])} %', kind=kind(r))
+    return [dots([dot(r) for r in rows], zero),
+            table(['pre-trained on', 'steps', 'probe %', 'interval', 'gain', 'fine-tuned %', 'interval', 'gain'], cells),
+            el('p', 'Accuracy on the sealed test of the target; the picture shows fine-tuning, dashed: from scratch. Gain: over scratch.',
+               class_='note')]
+
+def transferred_section(v: RunView):
+    "Every transfer to another data set."
+    if not (found := v.of('transferred')): return missing('transfer')
+    return [[el('h3', f.name) if len(found) > 1 else None, transfer_part(f)] for f in found]
+
 # %% ../nbs/08c_report.ipynb #fd316d2c
 def optimism_part(e: Folder) -> list:
     "What choosing on test would have claimed, for every search of the run."
@@ -741,12 +781,13 @@ def provenance_section(v: RunView):
             fold('Digests of artefacts and code', table(['folder', 'stage', 'artefacts', 'code'], rows, kind='text')),
             el('p', f'Versions: {"; or ".join(versions) or "none recorded"}.', class_='note')]
 
-# %% ../nbs/08c_report.ipynb #a4379e75
+# %% ../nbs/08c_report.ipynb #71a8230c
 SECTIONS = dict(
     score=('The score', headline_section), table=('The table', table_section), beside=('Beside the score', beside_section),
     samples=('Samples', samples_section),
     filter=('What the filter kept', filter_section), mixture=('Mixture', mixture_section), curves=('Learning curves', curves_section),
     fewshot=('Few-shot', fewshot_section), fewscores=('Few-shot classification', fewscores_section),
+    tuned=('Image-text model, tuned', tuned_section), transferred=('Transfer', transferred_section),
     splits=('Data', splits_section), honesty=('What speaks against it', honesty_section),
     provenance=('Time and provenance', provenance_section))
 

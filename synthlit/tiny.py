@@ -11,7 +11,7 @@ __all__ = ['TEMPLATES', 'PARTS', 'TINY_PRESETS', 'LOSSES', 'TinyConfig', 'joined
            'train_tiny', 'check_loss', 'token_scale', 'as_clip', 'save_pipeline', 'work_tiny', 'run_tiny',
            'finish_tiny']
 
-# %% ../nbs/03c1_tiny.ipynb #13683de6
+# %% ../nbs/03c1_tiny.ipynb #d928075d
 import copy, json, math, shutil
 from collections import Counter
 from contextlib import contextmanager
@@ -25,13 +25,14 @@ from .core import (
     SettingError, Stage, digest, file_digest, global_rng, nearest, open_stage, preset_of, randn, resolve, restore_optimizer, rng, said,
     save_json, show_grid)
 from .data import fit_image
+from .generator import check_guidance
 from .splits import Split, load_split
 from .augment import shift_flip, to_bytes, to_float
 from .classifier import laid_out, to_device
 from .gan.watch import animate, save_picture
 from .gan.train import Shuffled, finish_first
 
-# %% ../nbs/03c1_tiny.ipynb #b118e36f
+# %% ../nbs/03c1_tiny.ipynb #e23fe8e2
 TEMPLATES = ['a photo of a {}', 'photo of {}', 'a picture of a {}', 'an image of a {}', 'a small photo of the {}', '{}, photo', '{}']
 
 @dataclass
@@ -70,7 +71,7 @@ class TinyConfig:
     eval_every: Annotated[int, (1, None)] = 500  # updates between looks at val
     n_eval: Annotated[int, (1, None)] = 500  # images of val at a look
     sample_steps: Annotated[int, (1, 1000)] = 20  # of the samples in the pictures
-    guidance: Annotated[float, (0, None)] = 2.0  # of those samples
+    guidance: Annotated[float, (0, 100)] = 2.0  # of those samples; 1 or 0 = off
     seed: Annotated[int, (0, None)] = 0  # of weights, noise and order
     def check(self, facts: dict):
         "Refuse sizes that cannot be halved so often, widths that cannot be grouped, and captions without a class."
@@ -83,6 +84,7 @@ class TinyConfig:
         for k in ('vae_widths', 'unet_widths'):
             if odd := [w for w in getattr(self, k) if w % 8]:
                 raise SettingError(f'tiny.{k}: {odd[0]} must be a multiple of 8; try {max(8, round(odd[0]/8)*8)}')
+        check_guidance(self.guidance, 1.)
         if bare := [t for t in self.templates if '{}' not in t]:
             raise SettingError(f'tiny.templates: {bare[0]!r} has no {{}} for the name of the class')
     def at(self, step: int) -> tuple:

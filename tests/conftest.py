@@ -24,6 +24,7 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
         "fewshot": {"mode_g": "linear", "mode_d": "linear", "steps": 10, "eval_every": 10, "n_eval": 10},
         "diffusion": {"preset": "smoke"},
         "tiny": {"preset": "smoke"},
+        "prompts": {},
         "text2image": {"model": "", "strength": 0.5, "steps": 2, "batch": 32},
         "lora": {"preset": "smoke"},
         "mine": {"stage": "imported"},
@@ -33,6 +34,8 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
         "multigen": {"uses": ["gan", "diffusion"], "per_class": 20},
         "evaluate": {"uses": ["generate", "gan", "mine"], "seeds": [0], "n_measure": 100, "recycle": 1},
         "fewclassify": {"steps": 20, "seeds": [0]},
+        "transfer": {"steps": 10, "seeds": [0, 1], "pretrain": {"epochs": 1}, "floor": False},
+        "tuning": {"sources": ["generate"], "steps": 10, "seeds": [0], "shots": [0, 1]},
         "report": {},
     },
 }

@@ -29,13 +29,12 @@ from synthlit.core import (
     stage_parts,
 )
 from synthlit.generator import load_generator
-from synthlit.pipeline import main, parameters_of, plan, read_params, resolved, thinned
+from synthlit.pipeline import main, parameters_of, plan, read_params, resolved
 from synthlit.report import headline_row
 from synthlit.splits import load_split, open_test, openings
 from synthlit.utility import load_predictions
 
 OUTSIDE = r"""(?:src|srcset|href|action|data)\s*=\s*["']?\s*(?:https?:)?//[^\s"'>]*"""
-PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 
 
 def command(*args, cwd=None, code: int = 0) -> str:
@@ -71,7 +70,7 @@ def test_second_run_does_nothing(tiny_run, tiny_copy, tmp_path):
     start = time.time()
     out = command("synthlit", "run", write_params(tmp_path / "tiny.yaml", tiny_run.params), "--out", tiny_copy)
     print(f"the second run of a finished chain took {time.time() - start:.1f} s, imports included")
-    assert "nothing to do: all 20 stages are done" in out and str(tiny_copy / "report" / "report.html") in out
+    assert "nothing to do: all 23 stages are done" in out and str(tiny_copy / "report" / "report.html") in out
     after = {p: p.stat().st_mtime_ns for p in tiny_copy.rglob("*") if p.is_file() and p.parent.name != "locks"}
     assert {p.name for p in after if before.get(p) != after[p]} <= {"params.yaml"}
 
@@ -92,7 +91,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(tiny_run, tiny_copy, tmp_pa
     before, params = digests(tiny_copy), write_params(tmp_path / "tiny.yaml", tiny_run.params)
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "evaluate.n_measure=120"]) == 0
     out, after = capsys.readouterr().out, digests(tiny_copy)
-    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 20 stages run" in out
+    assert re.findall(r"^(\S+) done in", out, re.M) == ["evaluate", "report"] and "2 of 23 stages run" in out
     assert {k for k in after if after[k] != before[k]} <= {"evaluate", "report"} and after["evaluate"] != before["evaluate"]
     assert {p.name for p in tiny_copy.glob("*.old-*")} == {"evaluate.old-1", "report.old-1"}
     assert read_manifest(tiny_copy / "evaluate.old-1")["digest"] == before["evaluate"]
@@ -105,8 +104,8 @@ def test_dry_run_sees_what_a_change_entails(tiny_run, tiny_copy, tmp_path, capsy
     params, before = write_params(tmp_path / "tiny.yaml", tiny_run.params), sorted(tiny_copy.rglob("*"))
     assert main(["run", str(params), "--out", str(tiny_copy), "-p", "classifier.epochs=3", "--dry-run"]) == 0
     rows = dict(re.findall(r"^(\S+) +(done|changed|begun|to do|waiting) ", capsys.readouterr().out, re.M))
-    assert len(rows) == 20 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
-    assert {k for k, state in rows.items() if state == "done"} == {"base_classifier", "mine", "tiny", "text2image", "lora"}, (
+    assert len(rows) == 23 and rows.pop("splits") == "done" and rows["classifier"] == "changed"
+    assert {k for k, state in rows.items() if state == "done"} == {"base_classifier", "mine", "tiny", "prompts", "text2image", "lora"}, (
         rows
     )  # they stand on the splits alone
     assert sorted(tiny_copy.rglob("*")) == before
@@ -153,36 +152,6 @@ def test_papermill_on_its_own(tmp_path):
     assert read_manifest(run / "classifier")["settings"]["epochs"] == 2
 
 
-# five files hold GaFi's published settings, three those of the few-shot GAN; they differ in numbers only, and such networks take their time even when
-# they are small: one of each will do
-ALIKE = (
-    {"realfake_imagenet100_gpu"}
-    | {f"gafi_{name}_gpu" for name in ("cifar100", "cinic10", "dermamnist", "fashion_mnist")}
-    | {f"few_shot_{name}_gpu" for name in ("cifar100", "emnist")}
-)
-
-
-@pytest.mark.parametrize("file", [p for p in PARAMS if p.stem not in ALIKE], ids=lambda p: p.stem)
-def test_parameter_files_are_wired_right(file, imagenet, tmp_path):
-    """Files that come with synthlit: smoke, all stages."""
-    start = time.time()
-    mine = ["-p", f"splits.dataset={imagenet}:{file.stem.split('_')[1]}"] if "imagenet" in file.stem else []
-    out = command("synthlit", "run", file, "--smoke", "--out", tmp_path / "smoke", *mine, cwd=tmp_path)
-    print(f"{file.stem} --smoke: {time.time() - start:.1f} s")
-    assert re.search(rf"^{file.stem}: \d+ stages are wired right", out, re.M)
-    assert len(digests(tmp_path / "smoke")) == len(plan(thinned(read_params(file, mine[1:]))))
-
-
-@pytest.mark.parametrize("file", [p for p in PARAMS if "gpu" not in p.stem], ids=lambda p: p.stem)
-def test_dry_run_prints_a_plan_and_makes_nothing(file, tmp_path, monkeypatch, capsys):
-    """Stages, time and disk; no run folder."""
-    monkeypatch.chdir(tmp_path)
-    assert main(["run", str(file), "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert len(re.findall(r" to do +(?:\d+:\d\d|\?)", out)) == len(plan(read_params(file))) and "together, about" in out
-    assert list(tmp_path.iterdir()) == []
-
-
 # the commands
 
 
@@ -190,7 +159,7 @@ def test_show(tiny_run, capsys):
     """A line for every stage, with its state; an unfinished stage is not done."""
     assert main(["show", str(tiny_run.run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 21 and all(" done " in line for line in lines[1:])
+    assert len(lines) == 24 and all(" done " in line for line in lines[1:])
 
 
 def test_log(tiny_run, tmp_path, capsys):
@@ -200,7 +169,7 @@ def test_log(tiny_run, tmp_path, capsys):
     assert main(["log", str(tiny_run.run), "--csv", str(tmp_path / "log.csv")]) == 0
     with open(tmp_path / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    trained = {"classifier", "base_classifier", "gan-seed0", "gan-seed1", "base_gan", "diffusion", "tiny", "fewshot", "lora", "fewclassify"}
+    trained = {"classifier", "base_classifier", "gan-seed0", "gan-seed1", "base_gan", "diffusion", "tiny", "fewshot", "lora", "fewclassify", "tuning"}
     assert {r["stage"] for r in rows} == trained
     assert all(0 <= float(r["val_accuracy"]) <= 1 for r in rows if r["stage"] == "classifier")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from synthlit.diffusion import (
     DiffusionState,
     as_diffusion,
     clock_of,
+    covered,
     denoise,
     diffusion_step,
     grid_of,
@@ -28,12 +30,17 @@ from synthlit.diffusion import (
     min_snr,
     move,
     noised,
+    passes,
+    real_guidance_step,
     run_diffusion,
+    shots_of,
+    steps_left,
     train_diffusion,
     wanted,
     work_diffusion,
 )
-from synthlit.generator import load_generator
+from synthlit.generator import latents, load_generator
+from synthlit.splits import Split, kshot, load_split
 
 MACHINE = dict(device="cpu", threads=1, channels_last=True)
 SHAPE = (1, 8, 8)
@@ -269,9 +276,8 @@ def test_it_comes_back_from_its_file(tmp_path):
         g = generator(sampler="heun", guidance=1.5, **more)
         g.save(tmp_path)
         again = load_generator(tmp_path)
-        assert (
-            isinstance(again, DiffusionGenerator) and again.digest == g.digest and again.dials == dict(steps=3, sampler="heun", guidance=1.5, std=1.0)
-        )
+        assert isinstance(again, DiffusionGenerator) and again.digest == g.digest
+        assert again.dials == dict(steps=3, sampler="heun", guidance=1.5, std=1.0, shots=None, strength=None)
         assert torch.equal(again.sample([1, 2], [0, 5]), g.sample([1, 2], [0, 5])) and again.flops == g.flops > 0
     assert DiffusionGenerator.dials["steps"] == 10, "dials of one model are not those of another"
 
@@ -315,6 +321,145 @@ def test_samplers_are_those_of_diffusers():
     assert torch.allclose(ours("multistep"), theirs(dpm), atol=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["noise", "v"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_ancestral_steps_are_those_of_ddpm(objective, clip):
+    """100 of 1,000 steps as published: DDPM's posterior with its smaller variance, estimates cut to [-1, 1] or not."""
+    from diffusers import DDPMScheduler
+
+    kind = dict(noise="epsilon", v="v_prediction")[objective]
+    theirs = DDPMScheduler(beta_schedule="linear", prediction_type=kind, timestep_spacing="trailing", clip_sample=clip)
+    theirs.set_timesteps(100)
+    answer = lambda z, t: torch.sin(z + t / 300) / 3 + z / 2  # noqa: E731
+    z = e = randn((2, *SHAPE), 0, "e")
+    chance, again = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for t in theirs.timesteps:
+        z = theirs.step(answer(z, t), t, z, generator=chance).prev_sample
+    grid, fresh = grid_of(objective, "linear", 100), [torch.randn(2, *SHAPE, generator=again) for _ in range(100)]
+
+    def estimate(x, i):
+        out = image_of(x, answer(x, clock_of(grid[i][0], objective)), *grid[i][1:], objective)
+        return out.clamp(-1, 1) if clip else out
+
+    assert torch.allclose(denoise(estimate, e, grid, "ancestral", lambda i: fresh[i]), z, atol=1e-3)
+
+
+def test_guidance_is_the_same_of_every_answer():
+    """eps_u + 3 (eps_c - eps_u) is what guiding v or u gives."""
+    z, free, told, (a, s) = randn(9, 0, "z"), randn(9, 0, "f"), randn(9, 0, "t"), (0.6, 0.8)
+    noise_in = lambda x: (z - a * x) / s  # noqa: E731
+    for objective in ("v", "noise"):
+        mixed = image_of(z, free + 3 * (told - free), a, s, objective)
+        each = [noise_in(image_of(z, out, a, s, objective)) for out in (free, told)]
+        assert torch.allclose(noise_in(mixed), each[0] + 3 * (each[1] - each[0]), atol=1e-4)
+
+
+# --- from real images
+
+
+def some_real(per_class=4):
+    """`per_class` images of noise of each of ten classes, as a split."""
+    x = torch.from_numpy(rng(0, "real").integers(0, 256, (10 * per_class, *SHAPE), np.uint8))
+    y = torch.arange(10).repeat(per_class)
+    return Split("toy/train", x, y, [str(c) for c in range(10)], digest(x, y), "cut")
+
+
+def test_the_published_table():
+    assert [real_guidance_step(n) for n in (16, 8, 4, 2, 1)] == [15, 20, 35, 40, 50]
+    assert [real_guidance_step(n) for n in (3, 5, 12, 100)] == [37, 30, 17, 15]
+    steps = [real_guidance_step(n) for n in range(1, 40)]
+    assert steps == sorted(steps, reverse=True)
+    with pytest.raises(SettingError, match="at least 1"):
+        real_guidance_step(0)
+
+
+def test_whole_steps_of_a_strength():
+    assert all(steps_left(100, k / 100) == k for k in range(1, 100)), "floats of 0.29 and its like are a little too small"
+    assert steps_left(30, 0.75) == 22 and steps_left(30, None) == steps_left(30, 1.0) == 30
+
+
+def test_shots_are_nested_and_of_their_class():
+    real = some_real(20)
+    picks = {k: shots_of(real, k, 0).view(10, k) for k in (1, 2, 4, 16)}
+    for k in (1, 2, 4):
+        assert torch.equal(picks[k], picks[16][:, :k])
+    assert (real.labels[picks[16]] == torch.arange(10)[:, None]).all() and len(picks[16].unique()) == 160
+    assert not torch.equal(picks[4], shots_of(real, 4, 1).view(10, 4))
+    assert torch.equal(shots_of(real, 4, 0, [7, 3]), picks[4][[3, 7]].flatten())
+    assert torch.equal(picks[4].flatten(), torch.from_numpy(kshot(real.labels, 4, 0))), "those on which others train"
+    less = real.take(torch.nonzero((real.labels != 6) | (torch.arange(200) < 30))[:, 0])
+    with pytest.raises(SettingError, match="shots = 4: class 6 has only 3 training images, the fewest of all; at most 3"):
+        shots_of(less, 4, 0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_begins_at_the_noised_real_image(objective, monkeypatch):
+    """x = a x_ref + s eps at the level of the step; exactly as many from each real image; only the last steps are done."""
+    g, real = generator(objective=objective), some_real()
+    h = g.guided(real.take(shots_of(real, 4, 0)))
+    seen = []
+    monkeypatch.setattr("synthlit.diffusion.denoise", lambda est, z, grid, sampler, noise: seen.append((z, grid)) or z.clamp(-1, 1))
+    h.sample([3] * 8, range(8), steps=100, shots=4, seed=2)
+    z, grid = seen.pop()
+    whole = grid_of(objective, "cosine", 100)
+    assert grid == whole[65:] and len(grid) - 1 == 35
+    refs = torch.stack([h.images[h.rows[3][i % 4]] for i in range(8)]).float() / 127.5 - 1
+    e = (z[:8] - grid[0][1] * refs) / grid[0][2]
+    assert torch.allclose(e, latents(torch.full((8,), 3), torch.arange(8), 64, 2).view(8, *SHAPE), atol=1e-4)
+    h.sample([3] * 64, range(64), shots=2, strength=0.25, steps=8)
+    z, grid = seen.pop()
+    assert len(grid) == 3, "the strength that is said counts"
+
+
+def test_real_guidance_has_addresses(tmp_path):
+    g, real = generator(), some_real()
+    h = g.guided(real.take(shots_of(real, 4, 0)))
+    for more in (dict(shots=2), dict(strength=0.4, sampler="ancestral", guidance=3.0)):
+        alone, among = h.sample([7], [3], seed=1, steps=10, **more), h.sample([0, 7, 7, 2] * 20, [0, 3, 4, 9] * 20, seed=1, steps=10, **more)
+        assert torch.equal(alone[0], among[1]) and torch.equal(alone[0], among[77]) and not torch.equal(among[1], among[2])
+    assert torch.equal(h.sample([7], [3]), g.sample([7], [3])) and torch.equal(h.sample([7], [3], strength=1.0), g.sample([7], [3]))
+    assert torch.equal(h.sample([7], [3], steps=20, shots=4), h.sample([7], [3], steps=20, strength=0.35))
+    h.save(tmp_path)
+    again = load_generator(tmp_path)
+    assert again.digest == h.digest != g.digest and torch.equal(again.sample([7], [3], shots=4, steps=10), h.sample([7], [3], shots=4, steps=10))
+    assert (h.kept, h.guides({}), h.guides(dict(shots=2)), h.guides(dict(strength=0.5)), g.guides({})) == (4, 0, 20, 40, 0)
+    with pytest.raises(SettingError, match="took 4 real images of each class along"):
+        h.sample([0], [0], shots=5)
+    with pytest.raises(SettingError, match="leaves no step to do: take at least steps = 20"):
+        h.sample([0], [0], strength=0.05)
+    assert h.guided(None).digest == g.digest
+
+
+def test_real_images_of_another_shape_are_cut_to_the_middle():
+    x = torch.zeros(1, 1, 8, 20)
+    x[..., 6:14] = torch.arange(8.0)
+    assert torch.equal(covered(x, (8, 8))[0, 0], torch.arange(8.0).expand(8, 8))
+    assert covered(torch.ones(2, 3, 10, 30), (16, 16)).shape == (2, 3, 16, 16) and covered(torch.ones(1, 3, 16, 16), (8, 12)).shape == (1, 3, 8, 12)
+    circle = ((torch.arange(30) - 14.5).square() + (torch.arange(20)[:, None] - 9.5).square() < 49).float()[None, None]
+    c = covered(circle, (10, 10))[0, 0] > 0.5
+    assert abs(int(c.any(0).sum()) - int(c.any(1).sum())) <= 1, "a circle stays one"
+    g = generator()
+    real = Split("toy/train", torch.zeros(10, 1, 8, 14, dtype=torch.uint8), torch.arange(10), g.classes, "x", "cut")
+    assert g.guided(real).images.shape == (10, *SHAPE)
+
+
+def test_presets_that_are_one():
+    assert DIFFUSION_PRESETS["small"] is DIFFUSION_PRESETS["fashion_mnist"] and not DIFFUSION_PRESETS["mnist"]["flip"]
+
+
+def test_passes_are_counted():
+    assert [passes(s, 5) for s in ("euler", "multistep", "heun")] == [5, 5, 9]
+    for sampler in SAMPLERS:
+        asked = []
+        denoise(lambda z, i, asked=asked: asked.append(i) or z, randn((1, *SHAPE), 0, "e"), grid_of("flow", "", 4), sampler, lambda i: 0.0)
+        assert len(asked) == passes(sampler, 4)
+    g = generator()
+    real = some_real()
+    h = g.guided(real.take(shots_of(real, 4, 0)))
+    h.dials = {**h.dials, "steps": 6, "sampler": "euler", "strength": 0.5}
+    assert h.flops == g.flops, "three steps each"
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -326,6 +471,8 @@ def test_samplers_are_those_of_diffusers():
         (dict(guidance=2.0, label_drop=0.0), "label_drop = 0.1"),
         (dict(patch=2, channels=[32, 64, 64]), "multiples of 8"),
         (dict(snr_gamma=0.1), "usually 5"),
+        (dict(snr_gamma=0.5, objective="noise"), "usually 5"),
+        (dict(shots=40), "smallest class of the training split has 30"),
         (dict(objective="epsilon"), "objective = 'epsilon'"),
         (dict(sampler="multi_step"), "did you mean 'multistep'"),
         (dict(sample_steps=0), "sample_steps = 0"),
@@ -335,7 +482,7 @@ def test_samplers_are_those_of_diffusers():
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(SettingError, match=message):
-        resolve(DiffusionConfig, settings).check(dict(n_train=300, shape=(1, 28, 28)))
+        resolve(DiffusionConfig, settings).check(dict(n_train=300, shape=(1, 28, 28), smallest=30))
 
 
 @pytest.mark.parametrize(
@@ -347,6 +494,10 @@ def test_settings_that_cannot_be(settings, message):
         (dict(guidance=-1.0), "nearest is 1"),
         (dict(std=0), "positive"),
         (dict(truncation=2), "unknown dial"),
+        (dict(guidance=0.5), "nearest is 1"),
+        (dict(strength=0.5), "took no real images along"),
+        (dict(shots=2), "took 0 real images of each class along"),
+        (dict(strength=1.5), "strength = 1.5"),
     ],
 )
 def test_dials_that_cannot_be(dials, message):
@@ -402,6 +553,15 @@ def test_the_stage_from_splits_to_generator(tmp_path):
     rows = [r for r in st.history.rows if r.get("frechet") is not None]
     assert len(rows) == 2 and all(np.isfinite([r["val_loss"], r["train_loss"], r["coverage"]]).all() for r in rows)
     assert load_tensors(Path(st.dir) / "generator.safetensors")[1]["made"]["dials"]["steps"] == 2
+    bare = load_generator(st.dir)
+    trained = (st.dir / "checkpoints").stat().st_mtime_ns
+    more = open_stage("diffusion", replace(cfg, shots=2), st.run)  # the same training, with real images to begin at
+    guided = run_diffusion(more)
+    g, train = load_generator(more.dir), load_split(st.run / "splits", "train")
+    assert guided["references"] == 20 and guided["digest"] == g.digest != bare.digest and (more.dir / "checkpoints").stat().st_mtime_ns == trained
+    assert torch.equal(g.images, train.images[shots_of(train, 2, 0)]) and torch.equal(g.sample([3], [0]), bare.sample([3], [0]))
+    assert all(load_generator(p.parent).kept == 2 for p in more.dir.glob("**/generator.safetensors"))
+    assert run_diffusion(open_stage("diffusion", cfg, st.run))["digest"] == bare.digest
 
 
 def test_work_is_estimated_before_it_is_done():

@@ -210,16 +210,21 @@ def test_ready_experiments_are_valid_and_explained(path, imagenet):
         gan={"splits", "classifier", "gan", "generate", "evaluate", "report"},
         few={"splits", "classifier", "gan", "fewshot", "fewclassify"},
         tiny={"splits", "tiny"},
+        pretrain={"splits", "transfer"} | ({"text2image", "generate"} if path.stem.endswith("gpu") else {"classifier", "gan"}),
         realfake={"splits", "classifier", "text2image", "lora", "generate", "evaluate", "report"}
         | ({"tiny"} if path.stem == "realfake_tiny_cpu" else set()),
+        zero={"splits", "classifier", "prompts", "text2image", "generate", "filter", "tuning", "report"}
+        | ({"evaluate"} if path.stem.endswith("gpu") else {"tiny"}),
+        few_shot_tiny_cpu={"splits", "tiny", "text2image", "generate", "tuning", "report"},
+        few_shot_eurosat_gpu={"splits", "classifier", "prompts", "text2image", "generate", "tuning", "evaluate", "report"},
     )
     # a filter with settings of its own does for an example; the gafi_* experiments search, those of other generators have files of their own
-    whole = set(STAGES) - {"search", "imported", "fewclassify", "diffusion", "tiny", "text2image", "lora"}
+    whole = set(STAGES) - {"search", "imported", "fewclassify", "diffusion", "tiny", "prompts", "text2image", "lora", "transfer", "tuning"}
     mine = {n.stage for n in nodes}
     if path.stem.startswith("diffusion"):
         assert {"splits", "classifier", "diffusion", "evaluate", "report"} <= mine
     else:
-        assert mine == some.get(path.stem.split("_")[0], whole)
+        assert mine == some.get(path.stem, some.get(path.stem.split("_")[0], whole))
     assert path.read_text().startswith("# ")
 
 

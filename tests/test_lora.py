@@ -50,7 +50,6 @@ from synthlit.lora import (
     judge,
     lora_step,
     lora_weights,
-    min_snr,
     new_lora,
     noise_schedule,
     objective,
@@ -59,6 +58,7 @@ from synthlit.lora import (
     put_weights,
     rate,
     residuals,
+    snr_weights,
     tokens_for,
     train_lora,
 )
@@ -164,9 +164,9 @@ def test_only_unbiased_expects_the_same_for_every_batch():
 
 def test_min_snr_weights(run):
     abar, kind = noise_schedule(load_generator(run / "text2image").pipe.scheduler)
-    snr, w = abar / (1 - abar), min_snr(abar, 5.0)
+    snr, w = abar / (1 - abar), snr_weights(abar, 5.0)
     assert kind == "epsilon" and (w[snr <= 5] == 1).all() and torch.allclose(w[snr > 5], 5 / snr[snr > 5]) and 0 < (snr > 5).sum() < len(snr)
-    assert torch.allclose(min_snr(abar, 5.0, "v_prediction"), snr.clamp(max=5) / (snr + 1)) and (min_snr(abar, 0.0) == 1).all()
+    assert torch.allclose(snr_weights(abar, 5.0, "v_prediction"), snr.clamp(max=5) / (snr + 1)) and (snr_weights(abar, 0.0) == 1).all()
 
 
 def test_weights_are_those_of_diffusers(run):
@@ -178,7 +178,7 @@ def test_weights_are_those_of_diffusers(run):
     scheduler, t = DDPMScheduler.from_config(pipe.scheduler.config), torch.arange(0, 1000, 7)
     snr = compute_snr(scheduler, t)
     theirs = torch.stack([snr, 5.0 * torch.ones_like(t)], dim=1).min(dim=1)[0] / snr
-    assert torch.allclose(min_snr(noise_schedule(pipe.scheduler)[0][t], 5.0), theirs, rtol=1e-4)
+    assert torch.allclose(snr_weights(noise_schedule(pipe.scheduler)[0][t], 5.0), theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -435,9 +435,10 @@ def test_captions_by_image(run, parts, tmp_path):
     assert own_captions(g, train, ", best quality")[0] == f"{train.classes[train.labels[0]]}, photo"  # what asks for quality is left out
 
 
-def test_long_captions_are_counted_and_cut(run, parts, capsys):
+@pytest.mark.parametrize("room", [1e9, 0.0])
+def test_long_captions_are_counted_and_cut(run, parts, room):
     g = load_generator(run / "text2image")
-    t = Texts(g.pipe, ["3, photo", "photo of " * 40], 1e9)
+    t = Texts(g.pipe, ["3, photo", "photo of " * 40], room)
     assert t.cut == 1 and t(torch.tensor([0, 1])).shape[1] == g.pipe.tokenizer.model_max_length
 
 
@@ -461,6 +462,16 @@ def test_crops():
         and torch.equal(at(0.5)[0, 0], x[0, 0, 2:6, 2:6])
     )
     assert torch.equal(at(0.0, True)[0, 0], x[0, 0, :4, :4].flip(1)) and at(0.0).shape == (1, 3, 4, 4)
+    shrunk = (cropped(x, 4, None, torch.tensor([False])) + 1) * 127.5
+    assert shrunk.shape == (1, 3, 4, 4) and (shrunk[0, 0] - x.float().view(4, 2, 4, 2).mean((1, 3))).abs().max() < 3  # all of the image, not a part
+    assert torch.equal(cropped(x, 8, None, torch.tensor([False]))[0, 0], x[0, 0] / 127.5 - 1)
+
+
+def test_a_batch_is_dealt_to_processes_in_whole_packs(monkeypatch):
+    monkeypatch.setattr("synthlit.lora.rank_and_world", lambda: (0, 3))
+    with pytest.raises(SettingError, match=r"lora.batch = 8: must be a multiple of lora.pack x processes = 6"):
+        LoraConfig(batch=8, pack=2).check({})
+    LoraConfig(batch=12, pack=2).check({})
 
 
 def test_orders():
@@ -601,7 +612,7 @@ def test_published_values():
         rank=4, snr_gamma=5.0, dm=0.003, dm_form="published", token=True, batch=8, epochs=100, steps=None, lr=1e-4, schedule="constant", flip=True
     )
     want |= dict(
-        crop="random", beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, clip=1.0, noise_offset=0.0, accumulate=1, save_every=500, seed=42
+        crop="shrink", beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, clip=1.0, noise_offset=0.0, accumulate=1, save_every=500, seed=42
     )
     assert {k: getattr(c, k) for k in want} == want and c.targets == list(QKVO)
     assert all(f.name in (TOP / "nbs" / "04b_lora.ipynb").read_text() for f in fields(LoraConfig))

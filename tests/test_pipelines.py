@@ -453,6 +453,58 @@ def test_it_takes_part_in_sets(g):
     assert rows.draw().shape == (6, 3, 12, 12) and rows.digest
 
 
+# --- real guidance
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "unipc", "euler", "dpm++"])
+def test_the_published_steps(facts, real, scheduler):
+    """Of 100 steps exactly the table's k are done, from the level of the k-th last one; for every other k too."""
+    h = generator(facts, real, scheduler=scheduler, steps=100)
+    clock = h.editor.scheduler
+    clock.set_timesteps(100)
+    for k in range(1, 100):
+        go, n = h.editor.get_timesteps(100, (P.steps_left(100, k / 100) + 0.5) / 100, "cpu")
+        assert len(go) == n == k and go[0] == clock.timesteps[-k]
+
+
+def test_a_reference_is_noised_to_the_step_of_the_table(facts, real, monkeypatch):
+    """diffusers is asked for k steps, and the U-Net runs k times, whatever floats say of 0.29 times 100."""
+    h = generator(facts, real, scheduler="ddpm", steps=100, guidance=1.0, batch=2)
+    calls, forward = [], h.pipe.unet.forward
+    monkeypatch.setattr(h.pipe.unet, "forward", lambda z, t, **kw: calls.append(int(t)) or forward(z, t, **kw))
+    for shots, k in {16: 15, 8: 20}.items():
+        calls.clear()
+        h.sample([0], [0], strength=P.strength_of(dict(shots=shots, strength=None)))
+        assert len(calls) == k and calls == h.pipe.scheduler.timesteps[-k:].tolist()
+    calls.clear()
+    h.sample([0], [0], strength=0.29)
+    assert len(calls) == 29
+
+
+def test_a_reference_that_is_no_square_is_cut_to_its_middle():
+    x = torch.zeros(1, 1, 12, 20, dtype=torch.uint8)
+    x[..., 4:16] = 255
+    assert P.to_pipeline(x, 12).min() == 1 and P.to_pipeline(x, 24).shape == (1, 3, 24, 24)
+    assert P.from_pipeline(torch.ones(1, 3, 16, 16), (3, 12, 20)).shape == (1, 3, 12, 20)
+
+
+@pytest.mark.parametrize("guidance", [0.5, -1.0, 101.0])
+def test_guidance_has_one_meaning(g, guidance):
+    """1 and 0 are off in every chapter, what lies between is refused in every chapter."""
+    from synthlit.diffusion import DiffusionConfig
+    from synthlit.tiny import TinyConfig
+
+    with pytest.raises(SettingError, match=f"guidance = {guidance}"):
+        g.sample(Y, I, guidance=guidance)
+    for cfg in (P.Text2imageConfig(model="random", guidance=guidance), TinyConfig(guidance=guidance), DiffusionConfig(guidance=guidance, batch=4)):
+        with pytest.raises(SettingError, match="1 .or 0. is off"):
+            cfg.check(dict(n_train=1000))
+
+
+def test_guidance_off(g):
+    assert torch.equal(g.sample(Y, I, guidance=0), g.sample(Y, I, guidance=1))
+
+
 # --- versions and parts
 
 
@@ -479,6 +531,56 @@ def test_a_version_ends_and_parts_make_it_whole(g):
     assert g.altered(prompts={**g.prompts, 0: ["a", "b"]}, ranges=one.ranges).prompts_of([0, 0, 1], [0, 1, 0]) == ["b", "a", *g.prompts[1]]
     with pytest.raises(SettingError, match="ends before"):
         one.sample([1], [1])
+
+
+def test_prompts_times_images(g):
+    """Image i of class c always has the same prompt; there are exactly so many of each prompt; then it ends."""
+    prompts = {0: ["a", "b", "c"], 1: ["d"], 2: ["e", "f"]}
+    cfg = P.Text2imageConfig(per_prompt=4)
+    h = g.altered(prompts=prompts, ranges=P.ranges_of(cfg, prompts, g.counts))
+    assert [h.limit(c) for c in range(3)] == [12, 4, 8]
+    for c, ps in prompts.items():
+        asked = h.prompts_of([c] * h.limit(c), range(h.limit(c)))
+        assert asked == ps * 4 and {asked.count(p) for p in ps} == {4}
+    more = g.altered(prompts=prompts, ranges=P.ranges_of(replace(cfg, per_prompt=9), prompts, g.counts))
+    assert more.prompts_of([0] * 12, range(12)) == h.prompts_of([0] * 12, range(12))
+    assert torch.equal(more.sample([0, 2], [7, 3]), h.sample([0, 2], [7, 3]))
+    parts = [g.altered(prompts=prompts, ranges=P.ranges_of(replace(cfg, part=k, parts=3), prompts, g.counts)) for k in range(3)]
+    assert [sum(p.limit(c) for p in parts) for c in range(3)] == [12, 4, 8] and torch.equal(parts[1].sample([0], [0]), h.sample([0], [4]))
+    again = g.altered(prompts=prompts, ranges=P.ranges_of(replace(cfg, version=1), prompts, g.counts))
+    assert again.prompts_of([0], [1]) == ["b"] and torch.equal(again.sample([0], [1]), g.altered(prompts=prompts).sample([0], [13]))
+
+
+def test_a_set_goes_on_where_it_stopped(g, tmp_path):
+    """Killed within a shard, what was drawn is not drawn again, the prompts stand beside the images, and the bytes are those of an undisturbed set."""
+    from synthlit.core import load_table
+    from synthlit.generate import write_shards
+
+    h = g.altered(prompts={0: ["a", "b"], 1: ["c"], 2: ["d"]}, draw=replace(g.draw, steps=1, batch=16))
+    y, i = addresses(h.trained, 30)
+    rows = Rows([Maker(h, 3)], y, i, known=dict(prompt=h.prompts_of(y, i)))
+    write_shards(tmp_path / "whole", rows, 60)
+    calls, block = [], h.block
+
+    def deadly(labels, index, seed, d):
+        calls.append(len(labels))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return block(labels, index, seed, d)
+
+    h.block, stop = deadly, 4
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path / "stopped", rows, 60)
+    assert not list((tmp_path / "stopped").glob("train-*"))
+    calls.clear()
+    stop = 0
+    write_shards(tmp_path / "stopped", rows, 60)
+    assert len(calls) == 2 + 2  # of 90 images in calls of 16, two and two for each shard of 60 and 30: the first two calls were kept
+    for p in (tmp_path / "whole").iterdir():
+        assert p.read_bytes() == (tmp_path / "stopped" / p.name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == sorted(p.name for p in (tmp_path / "stopped").iterdir())
+    t = load_table(tmp_path / "whole" / "train-00000-of-00002.parquet", ["label", "index", "prompt"]).to_pylist()
+    assert all(r["prompt"] == h.prompts[r["label"]][r["index"] % len(h.prompts[r["label"]])] for r in t)
 
 
 def test_versions_of_one_reference_differ(g):
@@ -646,3 +748,81 @@ def test_captions_in_the_stage(tmp_path, captioner):
     file.write_text(json.dumps({k: "word " * 30 for k in P.image_digests(train.images)}))
     _, r = run(tmp_path, "from_file", captions=str(file))
     assert r["truncated"] == r["prompts"] == 10 and r["most_cut"] > 10
+
+
+def test_the_stage_with_shots(tmp_path, capsys):
+    """References by address, nested, the table's strength, the number in the result and in the facts of a set."""
+    stage, r = run(tmp_path, "few", shots=4, steps=100)
+    P.print_text2image(r)
+    assert "4 real images of each class, strength 0.35" in capsys.readouterr().out
+    train, g = load_split(tmp_path / "run" / "splits", "train"), load_generator(stage.dir)
+    assert r["references"] == 40 and r["shots"] == 4 and g.dials["strength"] == 0.35 and g.guides({}) == 40 and not g.guides(dict(strength=None))
+    more, _ = run(tmp_path, "more", shots=5, steps=100, shots_seed=0)
+    larger = load_generator(more.dir)
+    for c in g.trained:
+        assert torch.equal(g.images[g.rows[c]], larger.images[larger.rows[c]][:4]) and (train.labels[torch.nonzero(train.labels == c)] == c).all()
+    other, _ = run(tmp_path, "other", shots=4, steps=100, shots_seed=1)
+    assert not torch.equal(load_generator(other.dir).images, g.images)
+    deep, _ = run(tmp_path, "deep", shots=4, steps=10, strength=0.9)
+    assert load_generator(deep.dir).dials["strength"] == 0.9
+    assert set(train.saw) <= set(read_manifest(stage.dir)["saw"])
+    small_stage(tmp_path / "run", "generate", inputs={"generator": "few"}, per_class=4, dials={"steps": 10})
+    made = load_json(tmp_path / "run" / "generate" / "set.json")["makers"][0]
+    assert made["guided_by"] == 40 and "40 of them" in (tmp_path / "run" / "generate" / "README.md").read_text()
+    with pytest.raises(SettingError, match="shots = 50: class 0 has only"):
+        run(tmp_path, "many", shots=50, steps=100)
+    with pytest.raises(SettingError, match="smallest class of the training split has 6"):
+        P.Text2imageConfig(model="random", shots=7, steps=100).check(dict(smallest=6))
+    with pytest.raises(SettingError, match="leaves no step"):
+        P.Text2imageConfig(model="random", shots=16, steps=4).check({})
+
+
+def test_the_stage_reads_the_prompts_of_the_run(tmp_path):
+    run(tmp_path, "bare")
+    folder = tmp_path / "run"
+    small_stage(folder, "prompts", n=3)
+    said = json.loads((folder / "prompts" / "prompts.json").read_text())
+    stage, r = run(tmp_path, "told")
+    g = load_generator(stage.dir)
+    assert {c: g.prompts[i] for i, c in enumerate(g.classes)} == said and r["prompts"] == 30 and read_manifest(stage.dir)["saw"] == []
+    stage, r = run(tmp_path, "template", template="a picture of {class}")
+    assert r["prompts"] == 10 and r["example"].startswith("a picture of")
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({c: [f"my {c}"] for c in said}))
+    assert run(tmp_path, "mine", prompts=str(mine))[1]["example"].startswith("my ")
+    stage, r = run(tmp_path, "counted", per_prompt=2)
+    assert load_generator(stage.dir).limit(0) == 6
+    small_stage(folder, "generate", inputs={"generator": "counted"}, per_class=None)
+    from synthlit.core import load_table
+
+    rows = [r for p in sorted((folder / "generate").glob("train-*.parquet")) for r in load_table(p, ["label", "index", "prompt"]).to_pylist()]
+    assert len(rows) == 60
+    assert all(r["prompt"] == said[g.classes[r["label"]]][r["index"] % 3] for r in rows)
+
+
+def test_the_key_is_of_the_content_of_files(tmp_path):
+    """Moved it is the same, changed by hand it is another; also where it lies in the run."""
+    run(tmp_path, "bare")
+    folder = tmp_path / "run"
+    small_stage(folder, "prompts", n=3)
+    key = lambda **said: open_stage("text2image", resolve(P.Text2imageConfig, P.TEXT2IMAGE_PRESETS["tiny"], said), folder, "key").identity
+    one, two = tmp_path / "one.json", tmp_path / "elsewhere.json"
+    one.write_text(json.dumps({c: [f"my {c}"] for c in "0123456789"}))
+    two.write_text(one.read_text())
+    first = key(prompts=str(one))
+    assert first == key(prompts=str(two)) and str(tmp_path) not in json.dumps(first["settings"]["prompts"])
+    one.write_text(one.read_text().replace("my 3", "your 3"))
+    assert key(prompts=str(one)) != first == key(prompts=str(two))
+    was, file = key(), folder / "prompts" / "prompts.json"
+    file.write_text(file.read_text().replace("a", "e", 1))
+    now = key()
+    assert (
+        was["settings"] == now["settings"]
+        and was["inputs"]["prompts"] != now["inputs"]["prompts"]
+        and was["inputs"]["splits"] == now["inputs"]["splits"]
+    )
+    lora = tmp_path / "l.safetensors"
+    save_file({"a": torch.zeros(2)}, lora)
+    before = key(lora=str(lora))
+    save_file({"a": torch.ones(2)}, lora)
+    assert key(lora=str(lora)) != before

@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused(sets, tmp_path):
     write_folder(tmp_path / "colour", images(8, 2, 8, 3), torch.arange(8) % 2, torch.arange(8), CLASSES)
     with pytest.raises(SettingError, match="16×16 pixels where 8×8 are expected: say fit"):
         score(str(tmp_path / "big"), str(sets / "folder"))
-    with pytest.raises(SettingError, match="not the same list"):
+    with pytest.raises(SettingError, match="do not have the same list of classes .in one of them only: cow, dog"):
         score(str(tmp_path / "named"), str(sets / "folder"))
     with pytest.raises(SettingError, match="has colour where grey is expected"):
         score(str(tmp_path / "colour"), str(sets / "folder"))

@@ -470,7 +470,7 @@ def test_torn_arrays_and_empty_folders_are_named(tmp_path, made):
     np.savez(tmp_path / "floats.npz", image=np.zeros((60, 8, 8)), label=y.numpy())
     with pytest.raises(DataError, match="float64"):
         load(tmp_path / "floats.npz")
-    with pytest.raises(SettingError, match="imported.part = 'test'.*only train"):
+    with pytest.raises(SettingError, match="part = 'test'.*imported.part.*only train"):
         load(made, part="test")
     for p in (made / "4").iterdir():
         p.unlink()

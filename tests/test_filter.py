@@ -1,0 +1,161 @@
+"""The filter with an image-text model as its judge, and the published choice of He et al. in a run: wired, resumable, one look at each image."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from synthlit import filter as F
+from synthlit.classifier import load_classifier
+from synthlit.core import SettingError, load_json, load_table, open_stage, resolve, small_stage
+from synthlit.evaluate import drawing_flops
+from synthlit.generator import load_generator
+from synthlit.imagetext import ImageText, random_image_text
+from synthlit.pipeline import plan, preflight
+from synthlit.recycle import load_member
+from synthlit.splits import load_split
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Splits, a classifier, a diffusion model and a tiny pipeline with its CLIP, as small as they go."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    small_stage(folder, "splits")
+    small_stage(folder, "classifier", epochs=1)
+    small_stage(folder, "diffusion", channels=[8, 8], steps=2, warmup=0, batch=4, eval_every=2, n_eval=2, sample_steps=1, shots=2)
+    small_stage(
+        folder, "tiny", vae_widths=[8, 8], unet_widths=[8, 8], steps_vae=1, steps_clip=1, steps_unet=1, batch_vae=4, batch_clip=4, batch_unet=4
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return random_image_text(tmp_path_factory.mktemp("clip") / "clip", [*"0123456789", "a photo of a"], 16)
+
+
+def filtered(run, name, **settings):
+    few = dict(per_class=6, draws=2, proxy=0.01, candidates=128)
+    stage = open_stage("filter", resolve(F.FilterConfig, F.FILTER_PRESETS["tiny"], few, settings), run, name)
+    return stage, F.run_filter(stage)
+
+
+def test_the_published_filter_in_a_run(run, clip):
+    stage, r = filtered(run, "published", rule="published", tau=None, judge=str(clip), names={"3": "three"}, templates=["a photo of a {class}"])
+    assert r["rule"] == "published" and r["tau"] == pytest.approx(0.1) and r["candidates"] == 128 and r["judge"]["source"] == str(clip)
+    assert r["judge"]["names"] == {"3": "three"} and r["judge"]["weights"] and r["judge"]["model"] == "clip" and r["look"] > 0
+    rows = load_table(stage.dir / "accepted.parquet").to_pydict()
+    assert np.bincount(rows["label"]).tolist() == [6] * 10 and max(rows["index"]) < 128
+    g = load_generator(run / "diffusion")
+    model = ImageText(clip, g.classes, ["a photo of a {class}"], {"3": "three"})
+    x, y = F.images_at(g, rows, stage.cfg.seed, {})
+    own = model.probs(x).gather(1, y[:, None])[:, 0].numpy()
+    assert np.allclose(own, rows["score"], atol=1e-5) and (np.array(rows["passed"]) == (np.array(rows["score"]) > 0.1)).all()
+    for c in range(10):  # fewer than six pass: the likeliest; else six of those that pass
+        every = model.probs(g.sample([c] * 128, range(128), seed=stage.cfg.seed))[:, c]
+        mine = np.sort([s for s, k in zip(rows["score"], rows["label"]) if k == c])
+        passing = int((every > 0.1).sum())
+        if passing < 6:
+            assert np.allclose(mine, np.sort(every.topk(6).values.numpy()), atol=1e-5)
+        else:
+            assert (mine > 0.1).all()
+
+
+def test_ordinary_rules_take_another_judge(run):
+    """The CLIP of the run's own pipeline, by name; a set that is drawn anew asks the same judge."""
+    stage, r = filtered(run, "tiny_judge", rule="above", tau=[0.05, 0.1], judge="tiny", templates=["a photo of a {class}"])
+    assert r["judge"]["source"] == "tiny" and stage.inputs["pipeline"] == [run / "tiny"]
+    classifier, train = load_classifier(run / "classifier"), load_split(run / "splits", "train")
+    member = load_member(stage.dir, classifier, train)
+    assert isinstance(member.scores.classifier, ImageText) and member.scores.classifier.facts["weights"] == r["judge"]["weights"]
+    plain, p = filtered(run, "no_judge", rule="above", tau=[0.1])
+    assert "judge" not in p and load_member(plain.dir, classifier, train).scores.classifier is classifier
+    per = lambda f, look: (load_generator(run / "diffusion").flops + look) * sum(s["candidates"] for s in load_json(f / "result.json")["stats"])
+    assert drawing_flops(stage.dir, classifier, "cpu") == per(stage.dir, r["look"])
+    assert drawing_flops(plain.dir, classifier, "cpu") == per(plain.dir, classifier.flops * (1 + classifier.recipe.tta))
+    moved = shutil.copytree(run, run.parent / "moved")
+    assert load_member(moved / "tiny_judge", classifier, train).scores.classifier.facts["weights"] == r["judge"]["weights"]
+
+
+def test_an_image_is_looked_at_once(run, clip, monkeypatch):
+    """Three thresholds and the list of the rejected: one pass of the image tower each candidate, none of the text tower after the start."""
+    seen, texts = [], []
+    features, encode = ImageText.features, ImageText.encode
+    monkeypatch.setattr(ImageText, "features", lambda self, x: seen.append(len(x)) or features(self, x))
+    monkeypatch.setattr(ImageText, "encode", lambda self, t: texts.append(t) or encode(self, t))
+    _, r = filtered(run, "once", rule="above", tau=[0.01, 0.1, 0.2], judge=str(clip))
+    assert sum(seen) == 10 * 128 and len(texts) == 10
+
+
+def test_a_stopped_filter_draws_nothing_twice(run, clip, monkeypatch):
+    drawn, kept = [], []
+    draw = F.Pool.draw
+
+    def deadly(self, c, index):
+        if stop and len(drawn) == stop:
+            raise KeyboardInterrupt
+        drawn.append((c, len(index)))
+        return draw(self, c, index)
+
+    monkeypatch.setattr(F.Pool, "draw", deadly)
+    stop = 0
+    stage, whole = filtered(run, "whole", rule="published", tau=None, judge=str(clip))
+    kept, stop = load_table(stage.dir / "accepted.parquet").to_pydict(), 4
+    once, drawn[:] = len(drawn), []
+    with pytest.raises(KeyboardInterrupt):
+        filtered(run, "again", rule="published", tau=None, judge=str(clip))
+    place = run / "again" / "checkpoints" / "scores"
+    assert len(list(place.iterdir())) == 4
+    drawn[:], stop = [], 0
+    (run / "locks" / "again.lock").unlink(missing_ok=True)
+    stage, r = filtered(run, "again", rule="published", tau=None, judge=str(clip))
+    assert len(drawn) == once - 4 and not place.exists()
+    assert load_table(stage.dir / "accepted.parquet").to_pydict() == kept and r["tau"] == whole["tau"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(rule="published", per_class=200), "looks at filter.candidates = 128"),
+        (dict(judge="/not/there"), "no such folder"),
+        (dict(judge="tiny", pipeline=False), "no stage tiny"),
+        (dict(judge="a/b", templates=["a photo"]), "names no class"),
+        (dict(rule="publishd"), "did you mean 'published'"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    facts = dict(n_train=1000, classes=10, pipeline=settings.pop("pipeline", True))
+    with pytest.raises(SettingError, match=message):
+        resolve(F.FilterConfig, dict(candidates=128), settings).check(facts)
+
+
+def test_a_chain_without_the_pipeline_is_refused_before_it_runs():
+    chain = dict(splits={}, classifier={}, gan={}, filter=dict(judge="tiny"))
+    with pytest.raises(SettingError, match="no stage tiny before the filter"):
+        preflight(plan(dict(stages=chain)))
+    preflight(plan(dict(stages=chain | dict(tiny={}))))
+
+
+def test_too_few_candidates_are_named(run, clip):
+    from synthlit.imagetext import accept_published
+
+    g = load_generator(run / "diffusion")
+    pool = F.Pool(g, F.Scores(ImageText(clip, g.classes)), 0, {})
+    with pytest.raises(SettingError, match="200 images are wanted of 128 candidates"):
+        accept_published(pool, 128, 200)
+
+
+def test_texts_of_published_rows():
+    from synthlit.imagetext import class_texts, texts_for
+
+    templates, names = texts_for(["eurosat"], {}, ["AnnualCrop", "Forest"])
+    assert class_texts(["AnnualCrop", "Forest"], templates, names) == [
+        ["a centered satellite photo of annual crop land."],
+        ["a centered satellite photo of forest."],
+    ]
+    assert texts_for(["plain"], dict(cat="lion"), ["cat"])[1] == dict(cat="lion")
+
+
+def test_the_preset_is_the_published_one():
+    c = resolve(F.FilterConfig, F.FILTER_PRESETS["published"])
+    assert (c.rule, c.tau, c.per_class, c.candidates, c.templates) == ("published", None, 800, 2000, ["a photo of {a}."])
