@@ -11,24 +11,43 @@ from synthlit.pipeline import main, plan, read_params, thinned
 
 PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 
-# five files hold GaFi's published settings, four those of the few-shot GAN; they differ in numbers only, and such networks take their time even when
-# they are small: one of each will do
-ALIKE = (
-    {"realfake_imagenet100_gpu"}
-    | {f"gafi_{name}_gpu" for name in ("cifar100", "cinic10", "dermamnist", "fashion_mnist")}
-    | {f"few_shot_{name}_gpu" for name in ("cifar100", "emnist", "omniglot")}
+# one of each family; the others differ from these in numbers, names and data sets, which planning checks
+SMOKED = (
+    "few_shot_omniglot_cpu",
+    "few_shot_tiny_cpu",
+    "gafi_fashion_mnist_gpu",
+    "gan_study_cpu",
+    "pretrain_tiny_cpu",
+    "realfake_imagenette_gpu",
+    "search_digits",
+    "zero_shot_eurosat_gpu",
 )
+OWN_TEST = ("digits", "gafi_digits", "few_shot_digits", "diffusion_digits")  # these run in full elsewhere
 
 
-@pytest.mark.parametrize("file", [p for p in PARAMS if p.stem not in ALIKE], ids=lambda p: p.stem)
-def test_parameter_files_are_wired_right(file, imagenet, tmp_path):
+def given(file, imagenet) -> list:
+    """Arguments of a parameter file that trains on ImageNet: an ImageNet of ours."""
+    return ["-p", f"splits.dataset={imagenet}:{file.stem.split('_')[1]}"] if "imagenet" in file.stem else []
+
+
+@pytest.mark.parametrize("name", SMOKED)
+def test_parameter_files_are_wired_right(name, imagenet, tmp_path):
     """Files that come with synthlit: smoke, all stages."""
-    start = time.time()
-    mine = ["-p", f"splits.dataset={imagenet}:{file.stem.split('_')[1]}"] if "imagenet" in file.stem else []
+    start, file = time.time(), notebooks_dir() / "params" / f"{name}.yaml"
+    mine = given(file, imagenet)
     out = command("synthlit", "run", file, "--smoke", "--out", tmp_path / "smoke", *mine, cwd=tmp_path)
     print(f"{file.stem} --smoke: {time.time() - start:.1f} s")
     assert re.search(rf"^{file.stem}: \d+ stages are wired right", out, re.M)
     assert len(digests(tmp_path / "smoke")) == len(plan(thinned(read_params(file, mine[1:]))))
+
+
+@pytest.mark.parametrize("file", PARAMS, ids=lambda p: p.stem)
+def test_every_parameter_file_can_be_planned(file, imagenet):
+    """Names, values, presets and what stands on what; each stage is one that a smoked file has too."""
+    nodes = plan(read_params(file, given(file, imagenet)[1:]))
+    assert len(nodes) >= 2 and len({n.name for n in nodes}) == len(nodes)
+    smoked = {n.stage for p in PARAMS if p.stem in SMOKED + OWN_TEST for n in plan(read_params(p, given(p, imagenet)[1:]))}
+    assert {n.stage for n in nodes} <= smoked
 
 
 @pytest.mark.parametrize("file", [p for p in PARAMS if "gpu" not in p.stem], ids=lambda p: p.stem)
