@@ -454,6 +454,9 @@ class Watcher:
     advice = 'Try gan.pack = 2, another loss or smaller rates; gan.collapse = 0 never stops'
     def generator(self, s) -> Generator: return as_generator(s, self.val, self.trained)
     def judge(self, s, g) -> dict: return judge(s, self.batches, g.net)
+    def keep(self, s, step: int):
+        "Keep what samples after `step` steps, for a search."
+        self.generator(s).save(self.stage.dir/'steps'/f'{step:09d}')
     def __call__(self, s, step: int):
         "Measure the state after `step` steps."
         g, c, history = self.generator(s), self.cfg, self.stage.history
@@ -462,7 +465,6 @@ class Watcher:
         history.log(step, **now, **self.judge(s, g))
         history.picture(step, shown := picture(g, self.val, self.watched)), save_picture(self.stage.dir/'pictures', step, shown)
         if now['frechet'] < best: g.save(self.stage.dir)
-        if c.keep_every and step and step % c.keep_every == 0: g.save(self.stage.dir/'steps'/f'{step:09d}')
         if reason := collapsed(history.rows, c.collapse):
             history.save()
             raise RuntimeError(f'{self.stage.dir.name} stopped at step {step}: {reason}. '
@@ -524,6 +526,7 @@ def keep_training(
             log, look_at_val, keep = [done % n == 0 or done == total for n in (c.log_every, c.eval_every, min(500, c.eval_every))]
             if log or keep or asked: check_finite(stage, done, losses.values(), advice)  # no checkpoint of networks that are lost
             if log: stage.history.log(done, **losses)
+            if lead and c.keep_every and done % c.keep_every == 0: watching.keep(s, done)
             if lead and look_at_val: watching(s, done)
             if lead and (keep or asked): stage.history.save(), stage.checkpoints.save(done, s.state())
             if asked: raise KeyboardInterrupt(f'{stage.dir.name} stopped after step {done}, saved; the same command goes on from here')
