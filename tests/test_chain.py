@@ -1,14 +1,17 @@
 """The whole chain as a person uses it: commands in processes of their own, run folders that are finished, changed, continued or damaged."""
 
 import csv
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import torch
 import yaml
@@ -38,11 +41,18 @@ OUTSIDE = r"""(?:src|srcset|href|action|data)\s*=\s*["']?\s*(?:https?:)?//[^\s"'
 
 
 def command(*args, cwd=None, code: int = 0) -> str:
-    """Output of a command from the environment's bin, in a process of its own; fails unless it ends with `code`."""
+    """Output of a command from the environment's bin, in a process of its own; fails unless it ends with `code`, after 10 minutes with all stacks."""
     args = [str(Path(sys.executable).parent / args[0]), *map(str, args[1:])]
-    p = subprocess.run(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    assert p.returncode == code, f"{args} ended with {p.returncode}:\n{p.stdout}"
-    return p.stdout
+    env = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    p = subprocess.Popen(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    try:
+        out, _ = p.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(p.pid).children(recursive=True), p]:
+            child.send_signal(signal.SIGABRT)  # makes it print where it hangs
+        pytest.fail(f"{args} still ran after 10 minutes:\n{p.communicate()[0]}")
+    assert p.returncode == code, f"{args} ended with {p.returncode}:\n{out}"
+    return out
 
 
 def write_params(path: Path, params: dict) -> Path:
