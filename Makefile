@@ -5,7 +5,7 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-diffusion results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-gafi results-diffusion results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,10 @@ results-search: .venv/.installed ## both ways of searching, five generators each
 	for p in search_digits search_fashion_mnist_cpu; do $(V)/synthlit run $$p || exit 1; done
 	$(call keep,search_digits,search/search_digits)
 	$(call keep,search_fashion_mnist_cpu,search/search_fashion_mnist_cpu)
+
+results-gafi: .venv/.installed ## what each of GaFi's steps brings on Fashion-MNIST (an hour of one core; goes on where it was) for nbs/results/gafi.ipynb
+	$(V)/synthlit run gafi_study_cpu
+	$(call keep,gafi_study_cpu,gafi)
 
 results-diffusion: .venv/.installed ## a diffusion model of 40 core-minutes and its variations (hours of one core; goes on where it was) for nbs/results/diffusion.ipynb
 	$(V)/synthlit run diffusion_study_cpu
@@ -108,7 +112,7 @@ check-nbs: .venv/.installed-dev # OMP_NUM_THREADS: two notebooks with all thread
 	OMP_NUM_THREADS=1 $(V)/nbdev_test --n_workers $(WORKERS) --timing
 
 check-tests: .venv/.installed-dev # last, so that a log ends with what was skipped and how many passed
-	OMP_NUM_THREADS=1 $(V)/python -m pytest -rs -n $(WORKERS) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(V)/python -m pytest -rs --durations=30 -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 .venv: .venv/.installed ## the environment of a user; .venv/.installed-dev: of a contributor
 

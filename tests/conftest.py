@@ -41,6 +41,14 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
 }
 
 
+LONG = ("test_torture", "test_params", "test_chain", "test_many_at_once", "test_gafi", "test_wheel")  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: one that begins last would leave a worker idle."""
+    items.sort(key=lambda t: t.path.stem not in LONG)
+
+
 def isolate(patch, home):
     """Send all that synthlit keeps outside a run folder (openings of test, downloads) to `home`, and be quiet."""
     patch.setenv("SYNTHLIT_HOME", str(home / "synthlit"))
