@@ -34,7 +34,7 @@ def class_texts(classes: list, templates: list, names: dict | None = None) -> li
     "Texts of each class; {class} stands for its name, {a} for its name with an article."
     if not templates or (bare := [t for t in templates if '{class}' not in t and '{a}' not in t]):
         raise SettingError(f'template {bare[0]!r} names no class: write {{class}} or {{a}} in it' if templates else 'templates are empty')
-    return [[say(t, w) for t in templates] for w in names_of(classes, names or {})]
+    return [[say(t, w) for t in templates] for w in names_of(classes, names or {}, where='names')]
 
 def texts_for(templates: list, names: dict, classes: list) -> tuple:  # (templates, class -> words)
     "Templates and names; where `templates` is the name of a published row alone (eurosat, plain, pets, ...), those of the row."

@@ -105,18 +105,19 @@ def names_of(
     classes: list,  # of the data set
     names: dict,  # class -> words, given by hand
     more: dict | None = None,  # class -> words of a templates' row; counts less, and may name classes that are not there
+    where: str = 'prompts.names',  # the setting that `names` came from, for messages
 ) -> list:  # words for each class
     "Words for every class; `SettingError` for a name that is empty, said twice, or of no class."
     classes = [str(c) for c in classes]
     if strange := sorted(map(str, set(names) - set(classes))):
-        raise SettingError(f'prompts.names has {strange[0]!r}, which is no class; {nearest(strange[0], classes)}')
+        raise SettingError(f'{where} has {strange[0]!r}, which is no class; {nearest(strange[0], classes)}')
     words = [in_words(c, {**(more or {}), **names}) for c in classes]
     for c, w in zip(classes, words):
-        if not w: raise SettingError(f'class {classes.index(c)} ({c!r}) has an empty name: say in prompts.names what it is')
+        if not w: raise SettingError(f'class {classes.index(c)} ({c!r}) has an empty name: say in {where} what it is')
     twice = next((w for w, k in Counter(w.casefold() for w in words).items() if k > 1), None)
     if twice:
         same = [f'{i} ({c})' for i, (c, w) in enumerate(zip(classes, words)) if w.casefold() == twice]
-        raise SettingError(f'classes {" and ".join(same)} are both called {twice!r}: give them different words in prompts.names (class names '
+        raise SettingError(f'classes {" and ".join(same)} are both called {twice!r}: give them different words in {where} (class names '
                            'themselves must differ too)')
     return words
 

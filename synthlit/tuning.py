@@ -688,6 +688,7 @@ def sets_of(stage: Stage, train: Split) -> tuple:  # (source -> function giving 
     if stage.cfg.floor: sets['floor'], saw['floor'] = lambda: floor_of(train, stage.cfg.floor), list(train.saw)
     for k in stage.cfg.sources or []:
         if k not in sets: raise SettingError(f'tuning.sources: there is no {k!r} among the sets of this run; {nearest(k, [*sets, "floor"])}')
+        if is_guided(stage.cfg, k): raise SettingError(f'tuning.sources: {k!r} belongs to a source of tuning.guided; leave it out of one of them')
     check_guided(stage.cfg, list(sets))
     return {k: v for k, v in sets.items() if stage.cfg.sources is None or k in stage.cfg.sources or is_guided(stage.cfg, k)}, saw
 

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import socket
 import time
 from types import SimpleNamespace
 
@@ -97,3 +98,16 @@ def imagenet(tmp_path_factory):
             for i in range(n):
                 (folder / part / wnid / f"{i}.png").write_bytes(png.getvalue())
     return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Nothing here may reach for a network."""
+
+    def refuse(*args, **kw):
+        raise AssertionError("the network was touched")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from dataclasses import replace
 
 import numpy as np
@@ -18,20 +17,8 @@ from synthlit.generator import load_generator
 from synthlit.splits import Split, load_split
 from synthlit.tiny import random_pipeline
 
+pytestmark = pytest.mark.usefixtures("no_network")
 CLASSES = ["cat", "dog", "tree"]
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Nothing here may reach for a network."""
-
-    def refuse(*args, **kw):
-        raise AssertionError("the network was touched")
-
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    for name in ("create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refuse)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Prompts: names, the grammar, language models, the file, the stage; image-text models and the published filter."""
 
 import json
-import socket
 
 import numpy as np
 import pytest
@@ -16,20 +15,8 @@ from synthlit.generator import fit_floor
 from synthlit.pipelines import Text2imageConfig, class_prompts
 from synthlit.splits import load_split
 
+pytestmark = pytest.mark.usefixtures("no_network")
 CLASSES = ["cat", "dog", "owl"]
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Nothing here may reach for a network."""
-
-    def refuse(*args, **kw):
-        raise AssertionError("the network was touched")
-
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    for name in ("create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refuse)
 
 
 @pytest.fixture(scope="module")
