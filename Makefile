@@ -5,7 +5,7 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-gafi results-diffusion results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-gafi results-diffusion results-tiny results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -31,7 +31,7 @@ presets: .venv/.installed-dev ## train every GAN preset STEPS=200 steps on CIFAR
 	$(V)/python tests/presets_on_real_data.py $(STEPS)
 
 # keep: what the pages of nbs/results print of each stage of run $(1), under nbs/results/$(2)
-keep = for s in runs/$(1)/*/; do [ ! -f $$s/manifest.json ] || [ $$(basename $$s) = splits ] && continue; to=nbs/results/$(2)/$$(basename $$s); \
+keep = for s in runs/$(1)/*/; do [ ! -f $$s/manifest.json ] || [ $$(basename $$s) = splits ] || [ $$(basename $$s) = cifar ] && continue; to=nbs/results/$(2)/$$(basename $$s); \
 	  for f in manifest.json result.json history.parquet scores.parquet; do [ ! -f $$s/$$f ] || { mkdir -p $$to && cp $$s/$$f $$to/; } || exit 1; done; done
 
 results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb
@@ -56,6 +56,17 @@ results-gafi: .venv/.installed ## what each of GaFi's steps brings on Fashion-MN
 results-diffusion: .venv/.installed ## a diffusion model of 40 core-minutes and its variations (hours of one core; goes on where it was) for nbs/results/diffusion.ipynb
 	$(V)/synthlit run diffusion_study_cpu
 	$(call keep,diffusion_study_cpu,diffusion)
+
+TINY := zero_shot_tiny_cpu few_shot_tiny_cpu pretrain_tiny_cpu realfake_tiny_cpu
+share = [ -e runs/$(1)/tiny ] || { mkdir -p runs/$(1) && cp -r runs/zero_shot_tiny_cpu/cifar runs/zero_shot_tiny_cpu/tiny runs/$(1)/; }
+results-tiny: .venv/.installed ## the tiny twins of He et al. and of Real-Fake (hours of one core; goes on where it was); their CLIP and pipeline are trained once
+	$(V)/synthlit run zero_shot_tiny_cpu
+	$(call share,few_shot_tiny_cpu)
+	$(call share,realfake_tiny_cpu)
+	$(V)/synthlit run few_shot_tiny_cpu
+	$(V)/synthlit run pretrain_tiny_cpu
+	$(V)/synthlit run realfake_tiny_cpu
+	$(foreach p,$(TINY),$(call keep,$(p),tiny/$(p)) ;)
 
 results-metrics: .venv/.installed-dev ## our measures beside pytorch-fid, prdc and torch-fidelity for nbs/results/metrics.ipynb (half an hour on an idle machine; the last two go into .venv-peers)
 	[ -x .venv-peers/bin/python ] || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install -q prdc==0.2 torch-fidelity==0.4.0; }
