@@ -271,7 +271,7 @@ def drawing_flops(folder: Path, classifier, device) -> float:
 def choice_flops(folder: Path) -> float:
     "Operations of the trials that chose a filtered set or a mixture, those of its members included."
     path, r = folder/'ledger.parquet', load_json(folder/'result.json')
-    own = sum(t['flops'] for t in load_table(path).to_pylist()) if path.exists() else 0.
+    own = r.get('flops') or (sum(t['flops'] for t in load_table(path).to_pylist()) if path.exists() else 0.)
     return own + sum(choice_flops(folder.parent/k) for k in r.get('shares', {}))
 
 def price(r: Row, classifier, steps: int, n: int, device) -> dict:

@@ -225,12 +225,12 @@ class Trials:
         self.stage, self.val, self.path, self.times = stage, val, stage.dir/'ledger.parquet', stage.dir/'times.json'
         self.rows = load_table(self.path).to_pylist() if self.path.exists() else []
         self.price = load_json(self.times) if self.times.exists() else {}
-    def run(self, name: str, make, recipe, steps: int, **facts) -> float:
-        "Val accuracy of `recipe` after `steps` steps on the source that `make()` gives. Trials in the ledger are not repeated."
+    def run(self, name: str, make, recipe, steps: int, begin=None, **facts) -> float:
+        "Val accuracy of `recipe` after `steps` steps on the source that `make()` gives, from the network that `begin()` gives. None is repeated."
         done = next((r for r in self.rows if r['trial'] == name), None)
         if done: return done['val_accuracy']
         start, source, steps, kept = time.time(), make(), max(1, steps), Checkpoints(self.stage.dir/'checkpoints'/name)
-        c = train_classifier(source, recipe, self.val.classes, steps, machine=self.stage.machine, checkpoints=kept,
+        c = train_classifier(source, recipe, self.val.classes, steps, machine=self.stage.machine, checkpoints=kept, net=begin() if begin else None,
                              track=lambda it, total, start, desc: self.stage.track(it, total, start, name))
         c.save(self.stage.dir/'trials'/f'{name}.safetensors')
         flops = 3*c.flops*steps*min(recipe.batch, len(source))
