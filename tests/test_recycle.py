@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from synthlit.classifier import CLASSIFIER_PRESETS, ClassifierConfig, Fixed, epoch_order, load_classifier, train_classifier
-from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, preset_of, resolve, small_stage
+from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, load_tensors, preset_of, resolve, small_stage
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
 from synthlit.generator import Generator, fit_floor, load_generator
 from synthlit.pipeline import main
@@ -162,10 +162,12 @@ def test_the_published_search_walks_the_published_grids():
 
 
 def test_the_fast_search_asks_less_and_the_same_each_time():
-    cfg = resolve(SearchConfig, dict(stds=[1.0, 1.15, 1.3, 1.5], taus=[0.0, 0.2, 0.4, 0.6], trials=20))
+    grids = dict(stds=[1.0, 1.15, 1.3, 1.5], taus=[0.0, 0.2, 0.4, 0.6])
+    cfg = resolve(SearchConfig, dict(**grids, trials=20, start=0.0, share=0.25, halvings=2))
     a, b = Ledger(cfg), Ledger(cfg)
     assert fast_search(a) == fast_search(b) and a.asked == b.asked
-    assert a.asked[0] == ("best", 1.0, "confident", 0.0, round(0.25 / 9, 4))  # the plain setting first, and shortly
+    assert a.asked[0] == (a.asked[0][0], 1.3, "confident", 0.4, round(0.25 / 9, 4))  # the middle first, and shortly
+    assert a.asked[0][0] == list(a.ckpts)[-1]
     looks = [sum(x[-1] == round(s, 4) for x in a.asked) for s in (0.25 / 9, 0.25 / 3, 0.25)]
     assert looks[0] == 20 and looks[0] > looks[1] >= looks[2] > 0
     best = fast_search(Ledger(cfg))
@@ -190,6 +192,27 @@ def test_a_search_that_was_killed_repeats_no_trial(tiny_copy):
     assert {p.name for p in (folder / "trials").glob("*") if first[p.name] == p.stat().st_mtime_ns} == set(first) - {
         f"{ledger[-1]['trial']}.safetensors"
     }
+
+
+def test_all_fast_trials_go_on_from_one_start(tiny_copy):
+    """It is trained once, kept, paid for, no trial of its own; without it trials end elsewhere; killed after it, the search goes on from it."""
+    folder, names = tiny_copy / "search", ("ledger.parquet", "result.json", "manifest.json", "accepted.parquet")
+    rows, result = load_table(folder / "ledger.parquet").to_pylist(), load_json(folder / "result.json")
+    price = load_json(folder / "times.json")["start"]["flops"]
+    assert price > 0 and result["flops"] == sum(r["flops"] for r in rows) + price and "start" not in {r["trial"] for r in rows}
+    made = (folder / "start.safetensors").stat().st_mtime_ns
+    for gone in names:
+        (folder / gone).unlink()
+    shutil.rmtree(folder / "trials")
+    assert main(["run", str(tiny_copy / "params.yaml"), "--out", str(tiny_copy), "--only", "search"]) == 0
+    assert (folder / "start.safetensors").stat().st_mtime_ns == made
+    assert load_json(folder / "result.json") == result and load_table(folder / "ledger.parquet").to_pylist() == rows
+    inputs = dict(generator="gan-seed0", classifier="classifier")
+    small_stage(tiny_copy, "search", "cold", inputs, per_class=20, draws=2, trials=2, halvings=0, start=0.0)
+    cold = load_json(tiny_copy / "cold" / "result.json")
+    assert not (tiny_copy / "cold" / "start.safetensors").exists() and cold["flops"] == result["flops"] - price
+    a, b = [load_tensors(d / "trials" / f"{rows[0]['trial']}.safetensors")[0] for d in (folder, tiny_copy / "cold")]
+    assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
 def test_checkpoints_that_were_not_kept_are_named(tiny_run):
