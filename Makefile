@@ -31,7 +31,7 @@ presets: .venv/.installed-dev ## train every GAN preset STEPS=200 steps on CIFAR
 	$(V)/python tests/presets_on_real_data.py $(STEPS)
 
 # keep: what the pages of nbs/results print of each stage of run $(1), under nbs/results/$(2)
-keep = for s in runs/$(1)/*/; do [ ! -f $$s/manifest.json ] || [ $$(basename $$s) = splits ] || [ $$(basename $$s) = cifar ] && continue; to=nbs/results/$(2)/$$(basename $$s); \
+keep = for s in runs/$(1)/*/; do [ ! -f $$s/manifest.json ] || [ $$(basename $$s) = splits ] || [ $$(basename $$s) = cifar ] || expr $$s : ".*old-" >/dev/null && continue; to=nbs/results/$(2)/$$(basename $$s); \
 	  for f in manifest.json result.json times.json history.parquet scores.parquet; do [ ! -f $$s/$$f ] || { mkdir -p $$to && cp $$s/$$f $$to/; } || exit 1; done; done
 
 results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb

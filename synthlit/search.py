@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['steps_of', 'GAFI', 'SEARCH_PRESETS', 'AGAIN', 'MIXED', 'SearchConfig', 'kept_checkpoints', 'Searcher',
-           'published_search', 'study_of', 'shared_start', 'fast_search', 'work_search', 'run_search']
+           'published_search', 'study_of', 'shared_start', 'place_in', 'fast_search', 'work_search', 'run_search']
 
 # %% ../nbs/06c_search.ipynb #64b99ffd
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
-import copy, shutil, time
+import copy, shutil, time, warnings
 import numpy as np, torch
 from .core import Checkpoints, SettingError, Stage, load_json, load_table, open_stage, preset_of, resolve, rng, said, save_json, save_table, show_grid
 from .generator import load_generator
@@ -125,8 +125,9 @@ def study_of(seed: int, first: dict):
     try: import optuna
     except ImportError as e: raise SettingError('search.method = fast needs optuna: pip install synthlit[search]') from e
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings('ignore', category=optuna.exceptions.ExperimentalWarning)  # the sampler's
     study = optuna.create_study(
-        direction='maximize', sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
+        direction='maximize', sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=3, deterministic_objective=False),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3))
     study.enqueue_trial(first)
     return study
@@ -148,6 +149,11 @@ def shared_start(s: Searcher, grids: dict):
         shutil.rmtree(kept.folder, ignore_errors=True)
     return load_classifier(path, s.stage.machine)
 
+def place_in(trial, grids: dict) -> dict:
+    "The setting that a trial of the study proposes: rules are names, all else has an order."
+    at = lambda k, n: trial.suggest_categorical(k, list(range(n))) if k == 'rule' else trial.suggest_int(k, 0, n - 1)
+    return {k: v[at(k, len(v))] for k, v in grids.items()}
+
 def fast_search(s: Searcher) -> dict:
     "All grids together, every trial from one start; returns the best of the settings that came furthest."
     c, grids = s.cfg, dict(ckpt=list(s.ckpts), std=s.cfg.stds, rule=s.cfg.rules, tau=s.cfg.taus)
@@ -156,9 +162,9 @@ def fast_search(s: Searcher) -> dict:
     study, shares = study_of(c.seed, first), [c.share/3**i for i in reversed(range(c.halvings + 1))]
     if c.start: s.begun = shared_start(s, grids)
     reached: dict = {}  # (looks, worth) -> setting
-    for _ in range(min(c.trials, int(np.prod([len(v) for v in grids.values()])))):
+    for _ in range(c.trials):
         t = study.ask()
-        setting, value = {k: v[t.suggest_int(k, 0, len(v) - 1)] for k, v in grids.items()}, 0.
+        setting, value = place_in(t, grids), 0.
         for i, share in enumerate(shares):
             t.report(value := s.worth(setting, share), 3**i)
             reached.setdefault((i, value), setting)
