@@ -52,6 +52,7 @@ results-search: .venv/.installed ## both ways of searching, five generators each
 results-gafi: .venv/.installed ## what each of GaFi's steps brings on Fashion-MNIST (an hour of one core; goes on where it was) for nbs/results/gafi.ipynb
 	$(V)/synthlit run gafi_study_cpu
 	$(call keep,gafi_study_cpu,gafi)
+	$(V)/python tests/bench_stream.py
 
 results-diffusion: .venv/.installed ## a diffusion model of 40 core-minutes and its variations (hours of one core; goes on where it was) for nbs/results/diffusion.ipynb
 	$(V)/synthlit run diffusion_study_cpu

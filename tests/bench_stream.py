@@ -44,7 +44,7 @@ def main(run: Path, n: int):
         rows = [measured(copy, stage, n) for stage in ("generate", "filter")]
         made = [load_json(copy / stage / "result.json") for stage in ("generate", "filter")]
     for row, r in zip(rows, made):
-        row |= dict(images=r.get("n", n), drawn=r.get("drawn"))
+        row |= dict(images=n, candidates=sum(c["candidates"] for c in r.get("stats", [])) or n)
         print(row)
     save_json(HERE / "nbs/results/gafi/memory.json", dict(images=n, rows=rows))
 
