@@ -5,7 +5,7 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-gafi results-diffusion results-tiny results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-gafi results-diffusion results-few-shot results-tiny results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,10 @@ results-tiny: .venv/.installed ## the tiny twins of He et al. and of Real-Fake (
 	$(V)/synthlit run pretrain_tiny_cpu
 	$(V)/synthlit run realfake_tiny_cpu
 	$(foreach p,$(TINY),$(call keep,$(p),tiny/$(p)) ;)
+
+results-few-shot: .venv/.installed ## five class splits of Omniglot, one run each (40 minutes of one core a split; goes on where it was) for nbs/results/few_shot.ipynb
+	for s in 0 1 2 3 4; do $(V)/synthlit run few_shot_omniglot_cpu -p splits.seed=$$s --out runs/few_shot_omniglot_cpu_$$s --jobs 2 && \
+	  $(V)/python tests/keep_few_shot.py runs/few_shot_omniglot_cpu_$$s || exit 1; done
 
 results-metrics: .venv/.installed-dev ## our measures beside pytorch-fid, prdc and torch-fidelity for nbs/results/metrics.ipynb (half an hour on an idle machine; the last two go into .venv-peers)
 	[ -x .venv-peers/bin/python ] || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install -q prdc==0.2 torch-fidelity==0.4.0; }

@@ -9,10 +9,11 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'S
            'survey', 'RunView', 'attempt', 'missing', 'score_bars', 'tile', 'headline_section', 'chance', 'score_table',
            'table_section', 'recall_part', 'copies_part', 'privacy_part', 'asked_part', 'beside_section', 'first',
            'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words', 'filter_part',
-           'filter_section', 'mixture_section', 'has', 'curves_section', 'fewshot_section', 'splits_section',
-           'fewscores_part', 'fewscores_section', 'shots_part', 'tuned_section', 'transfer_part', 'transferred_section',
-           'optimism_part', 'epochs_part', 'openings_part', 'leak_part', 'honesty_section', 'times_part',
-           'provenance_section', 'section', 'state_part', 'page', 'make_report', 'work_report', 'run_report']
+           'filter_section', 'mixture_section', 'has', 'curves_section', 'few_shown', 'fewshot_part', 'fewshot_table',
+           'fewshot_section', 'splits_section', 'fewscores_part', 'fewscores_section', 'shots_part', 'tuned_section',
+           'transfer_part', 'transferred_section', 'optimism_part', 'epochs_part', 'openings_part', 'leak_part',
+           'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part', 'page', 'make_report',
+           'work_report', 'run_report']
 
 # %% ../nbs/08c_report.ipynb #a9eba7e3
 import base64, functools, html, io, json, re, time
@@ -612,26 +613,50 @@ def curves_section(v: RunView):
     return el('div', figs, class_='figs') if figs else missing('a training')
 
 # %% ../nbs/08c_report.ipynb #ca8de3ea
+def few_shown(v: RunView, f: Folder) -> tuple:  # its k-shot task, train, novel classes to show, their names
+    "What there is to show of a few-shot generator."
+    splits = v.source(f, 'splits')
+    fs, train = load_json(splits.path/'fewshot.json'), load_split(splits.path, 'train')
+    some = fs['novel'][:v.cfg.classes]
+    return fs, train, some, [train.classes[c] for c in some]
+
+def fewshot_part(v: RunView, f: Folder) -> list:
+    "A few-shot generator in words, and its samples beside the supports."
+    (fs, train, some, names), n, modes = few_shown(v, f), v.cfg.samples, [f.settings.get(m, '?') for m in ('mode_g', 'mode_d')]
+    k, before = f.result.get('k', fs['k']), f.history.column('frechet')[1][0]
+    known = f', where the real classifier takes {f.result["agreement"]:.0%} of the samples for their class' if 'agreement' in f.result else ''
+    pool = f', and {f.result["pool"]:,} images without labels' if f.result.get('pool') else ''
+    text = (f'Mode {modes[0]} of the generator, {modes[1]} of the discriminator, {k} images per class{pool}. '
+            f'Fréchet distance to the novel part of val, in classifier features: {before:.2f} before, '
+            f'{f.result["frechet"]:.2f} at step {f.result["best_step"]:,}{known}.')
+    shown = [*train.images[supports_of(fs, k)].split(k)][:len(some)]
+    return [el('h3', f.name), el('p', text), el('div', grid(shown, names, [el('b', 'supports'), ', from train'], min(k, 10), v.cfg.tile),
+            grid(drawn(f.path, some, n), names, [el('b', 'generated'), f' by {f.name}'], n, v.cfg.tile), class_='figs')]
+
+def fewshot_table(v: RunView, stages: list) -> list:
+    "Samples by supports per class (across) and by weight of the unlabelled images (down): a table for each split and pair of modes that has several."
+    out, groups = [], {}
+    for f in stages:
+        key = v.source(f, 'splits').name, *(f.settings.get(m, '?') for m in ('mode_g', 'mode_d', 'seed'))
+        weight = f.settings.get('alpha', 0) if f.result.get('pool') else 0
+        groups.setdefault(key, {})[weight, f.result['k']] = f
+    for (splits, g, d, seed), of in groups.items():
+        if len(of) < 2: continue
+        weights, ks = (sorted({*x}) for x in zip(*of))
+        def cell(w, k):
+            if (w, k) not in of: return '–'
+            return grid(drawn((f := of[w, k]).path, (few := few_shown(v, f))[2], v.cfg.samples), few[3], f'Fréchet {f.result["frechet"]:.2f}', v.cfg.samples, v.cfg.tile)
+        rows = [[f'semi-supervised, α = {w:g}' if w else 'supervised', *[cell(w, k) for k in ks]] for w in weights]
+        out += [el('p', f'{splits}, generator {g}, discriminator {d}, seed {seed}:'), table(['', *[f'k = {k}' for k in ks]], rows, kind='text')]
+    return out
+
 def fewshot_section(v: RunView):
-    "The supports beside what each adapted generator draws of the novel classes."
+    "Few-shot generators side by side, then the supports beside what each of them draws of the novel classes."
     stages = [f for f in v.folders if f.stage == 'fewshot' and f.manifest]
     if not stages: return missing('few-shot fine-tuning')
-    out = [el('p', 'Novel classes, which the generator was trained on from the supports alone; '
-                   'which checkpoint to keep was chosen on the novel classes of val, which has more images of them.', class_='note')]
-    for f in stages:
-        splits = v.source(f, 'splits')
-        fs, train = load_json(splits.path/'fewshot.json'), load_split(splits.path, 'train')
-        k, n, modes = f.result.get('k', fs['k']), v.cfg.samples, [f.settings.get(m, '?') for m in ('mode_g', 'mode_d')]
-        names = [train.classes[c] for c in fs['novel']]
-        before = f.history.column('frechet')[1][0]
-        known = f', where the real classifier takes {f.result["agreement"]:.0%} of the samples for their class' if 'agreement' in f.result else ''
-        text = (f'Mode {modes[0]} of the generator, {modes[1]} of the discriminator, {k} images per class. '
-                f'Fréchet distance to the novel part of val, in classifier features: {before:.2f} before, '
-                f'{f.result["frechet"]:.2f} at step {f.result["best_step"]:,}{known}.')
-        figs = [grid(list(train.images[supports_of(fs, k)].split(k)), names, [el('b', 'supports'), ', from train'], min(k, 10), v.cfg.tile),
-                grid(drawn(f.path, fs['novel'], n), names, [el('b', 'generated'), f' by {f.name}'], n, v.cfg.tile)]
-        out += [el('h3', f.name), el('p', text), el('div', figs, class_='figs')]
-    return out
+    note = el('p', 'Novel classes, which the generator was trained on from the supports alone; '
+                   'which checkpoint to keep was chosen on the novel classes of val, which has more images of them.', class_='note')
+    return [note, *fewshot_table(v, stages), *[fewshot_part(v, f) for f in stages]]
 
 # %% ../nbs/08c_report.ipynb #f9b308b6
 def splits_section(v: RunView):

@@ -42,7 +42,7 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
 }
 
 
-LONG = ("test_torture", "test_params", "test_chain", "test_many_at_once", "test_gafi", "test_wheel")  # minutes each
+LONG = ("test_torture", "test_params", "test_chain", "test_many_at_once", "test_gafi", "test_few_shot_digits", "test_wheel")  # minutes each
 
 
 def pytest_collection_modifyitems(items):
