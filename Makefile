@@ -44,10 +44,11 @@ results-gan-study: .venv/.installed ## train the rows of nbs/params/gan_study_cp
 	$(V)/synthlit run gan_study_cpu $(if $(INCEPTION),$(foreach r,$(STUDY) evaluate,-p $(r).inception=$(INCEPTION)))
 	$(call keep,gan_study_cpu,gan_study)
 
-results-search: .venv/.installed ## both ways of searching, five generators each, on digits and Fashion-MNIST (hours on two cores; goes on where it was) for nbs/results/search.ipynb
-	for p in search_digits search_fashion_mnist_cpu; do $(V)/synthlit run $$p || exit 1; done
-	$(call keep,search_digits,search/search_digits)
-	$(call keep,search_fashion_mnist_cpu,search/search_fashion_mnist_cpu)
+results-search: .venv/.installed ## both ways of searching, generator by generator, on Fashion-MNIST and digits (hours on two cores; goes on where it was) for nbs/results/search.ipynb
+	$(V)/synthlit run search_fashion_mnist_cpu --jobs 2
+	$(V)/python tests/keep_search.py runs/search_fashion_mnist_cpu
+	for a in 0 10 20 30; do $(V)/synthlit run search_digits -p gan.seed="[$$(seq -s, $$a $$((a + 9)))]" --out runs/search_digits_$$a --jobs 2 && \
+	  $(V)/python tests/keep_search.py runs/search_digits_$$a || exit 1; done
 
 results-gafi: .venv/.installed ## what each of GaFi's steps brings on Fashion-MNIST (an hour of one core; goes on where it was) for nbs/results/gafi.ipynb
 	$(V)/synthlit run gafi_study_cpu

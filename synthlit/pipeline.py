@@ -12,9 +12,9 @@ __all__ = ['TOP', 'ENTRY', 'TAKES', 'KERNEL_SECONDS', 'UNTIMED', 'NEW', 'Loader'
            'run_side_by_side', 'run_chain', 'agreed_machine', 'open_log', 'headline', 'shrink', 'thinned', 'smoke',
            'look_at', 'new_params', 'cmd_new', 'print_plan', 'cmd_run', 'find_run', 'stage_folders', 'show_run',
            'cmd_show', 'cmd_log', 'params_yaml', 'plain_type', 'cmd_params', 'cmd_report', 'cmd_compare',
-           'generators_at', 'labels_said', 'cmd_sample', 'sample_one', 'print_scores', 'product', 'cmd_predict',
-           'cmd_export', 'splits_of', 'cmd_score', 'cmd_stats', 'cmd_dataset', 'cmd_verify', 'cmd_push', 'agreed',
-           'cmd_clean', 'parser', 'add_compare', 'add_set_commands', 'main']
+           'generators_at', 'labels_said', 'cmd_sample', 'sample_one', 'diagnostic_parts', 'print_scores', 'product',
+           'cmd_predict', 'cmd_export', 'splits_of', 'cmd_score', 'cmd_stats', 'cmd_dataset', 'cmd_verify', 'cmd_push',
+           'agreed', 'cmd_clean', 'parser', 'add_compare', 'add_set_commands', 'main']
 
 # %% ../nbs/09_pipeline.ipynb #04a75632
 import argparse, ast, contextlib, csv, dataclasses, functools, importlib, io, itertools, json, math, os, queue, re, shutil, signal, \
@@ -137,7 +137,7 @@ def variants(entry: str, stage: str, said: dict, default_preset: str) -> list:
     return out
 
 # %% ../nbs/09_pipeline.ipynb #a07d0e3b
-TAKES = dict(  # whose generators a stage takes where none is named
+TAKES = dict(  # whose generators a stage takes
     fewshot=('gan', ' trained on the base classes (gan with classes: base)'), lora=('text2image', ' of stage text2image'),
     fewclassify=('fewshot', ' of stage fewshot'))
 
@@ -150,6 +150,9 @@ def candidates(entry: str, stage: str, uses, nodes: list) -> dict:
         if '/' not in u and not any(u in (n.entry, n.name) for n in nodes):
             raise SettingError(f'{entry}.uses = {u!r}: no such entry before it; {nearest(u, dict.fromkeys(n.entry for n in nodes))}')
     asked = [n for n in nodes if n.entry in named or n.name in named] + [outside(u) for u in named if '/' in u]
+    for n in asked:
+        if stage in TAKES and n.makes == 'generator' and n.stage != TAKES[stage][0]:
+            raise SettingError(f'{entry}.uses = {n.name!r}: stage {n.stage} made it, and {stage} takes a generator{TAKES[stage][1]}')
     adapted = {r.name for n in nodes if n.makes == 'generator' for r in n.reads.get('generator', [])}
     out = {}
     for kind in spec.reads + spec.may_read:
@@ -229,6 +232,7 @@ def facts_of(node: Node, nodes: list) -> dict:
     up = lambda stage: next((by[v] for v in [*node.lineage.values(), node.name] if v in by and by[v].stage == stage), None)
     facts = data_facts((up('splits') or nodes[0]).cfg) if (up('splits') or nodes[0]).stage == 'splits' else {}
     c = up('classifier') or next((n for n in nodes if n.stage == 'classifier'), None)
+    if own := node.reads.get('classifier'): facts['judge'] = getattr(own[0].cfg, 'classes', 'all')
     if c and facts: facts['recipe_images'] = planned_steps(c.cfg, facts['n_train'])*c.cfg.batch
     read, gans = node.reads.get('accepted', []), [n for n in node.reads.get('generator', []) if n.stage == 'gan']
     if read: facts |= dict(sets=len(read), accepted=min(n.cfg.per_class or facts.get('smallest', 10**9) for n in read))
@@ -909,7 +913,17 @@ def sample_one(f: Path, g, a):
     if not a.write: save_grid(to/f'{f.name}-samples.png', *grid_rows(x, y, g.classes), title=f.name)
     print(to/f'{f.name}-samples.png')
     val = print_scores(f, g, class_counts(g, n, labels), a, dials)
-    for p in diagnostics(g, to, val, seed=a.seed, name=f'{f.name}-') if a.diagnostics else []: print(p)
+    for part, (of, real) in (diagnostic_parts(f, g, val) if a.diagnostics else {}).items():
+        for p in diagnostics(g, to, real, seed=a.seed, name=f'{f.name}-{part}', labels=of): print(p)
+
+def diagnostic_parts(f: Path, g, val) -> dict:
+    "What diagnostic pictures are made of: name -> (classes, real images). Of a few-shot generator base classes and train, novel ones and their supports."
+    said = load_json(f/'stage.json') if (f/'stage.json').exists() else {}
+    if said.get('stage') != 'fewshot' or val is None: return {'': (None, val)}
+    from synthlit.splits import load_split, supports_of
+    where = f.parent/next(iter(said['inputs']['splits']))
+    fs, train = load_json(where/'fewshot.json'), load_split(where, 'train')
+    return dict(train_=(fs['base'], train.only(fs['base'])), dev_=(fs['novel'], train.take(supports_of(fs, load_json(f/'result.json')['k']))))
 
 def print_scores(f: Path, g, counts: dict, a, dials: dict):
     "Scores beside val, where the generator lies in a run; returns val."

@@ -654,7 +654,7 @@ def fewshot_section(v: RunView):
     "Few-shot generators side by side, then the supports beside what each of them draws of the novel classes."
     stages = [f for f in v.folders if f.stage == 'fewshot' and f.manifest]
     if not stages: return missing('few-shot fine-tuning')
-    note = el('p', 'Novel classes, which the generator was trained on from the supports alone; '
+    note = el('p', 'Novel classes, of which the generator has seen the supports and, where it says so, images without labels; '
                    'which checkpoint to keep was chosen on the novel classes of val, which has more images of them.', class_='note')
     return [note, *fewshot_table(v, stages), *[fewshot_part(v, f) for f in stages]]
 

@@ -4,7 +4,8 @@ import time
 
 from synthlit.core import load_json, load_table
 from synthlit.generator import load_generator
-from synthlit.pipeline import read_params, run_chain
+from synthlit.pipeline import main, read_params, run_chain
+from synthlit.report import ReportConfig, RunView, fewshot_section
 from synthlit.splits import openings
 
 
@@ -31,3 +32,10 @@ def test_few_shot_digits(tmp_path):
     assert all(0 <= r["test"] <= r["test_novel"] <= 1 and r["test_novel"] > 1 / 3 for r in rows.values())
     mine = [o for o in openings(result["test_digest"]) if o["who"].startswith("few/")]
     assert [o["why"].startswith("novel classes") for o in mine] == [True]
+    # the published evaluation's six pictures: base classes beside train, novel ones beside their supports
+    assert main(["sample", str(run / "fewshot-alpha0.0"), "-n", "2", "--no-scores", "--diagnostics", "--out", str(tmp_path)]) == 0
+    kinds = [f"{part}_{kind}" for part in ("train", "dev") for kind in ("class_interp", "crossover", "generated")]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(["fewshot-alpha0.0-samples.png", *(f"fewshot-alpha0.0-{k}.png" for k in kinds)])
+    # the report lays both GANs out by supports and by unlabelled images
+    page = fewshot_section(RunView(run, ReportConfig()))
+    assert all(w in "".join(page) for w in ("k = 5", "supervised", "semi-supervised, α = 1", "images without labels"))

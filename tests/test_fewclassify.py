@@ -54,6 +54,7 @@ from synthlit.fewclassify import (
     tuned_path,
 )
 from synthlit.generator import load_generator
+from synthlit.pipeline import plan, preflight, read_params
 from synthlit.splits import openings
 
 SMALL = dict(
@@ -471,3 +472,23 @@ def test_the_gain_is_paired():
     a, b = summary(rows)
     assert a["rival"] == "supports" and abs(b["gain"] - 0.1) < 1e-12 and abs(b["gain_high"] - b["gain_low"]) < 1e-9 and a["test_high"] > a["test"]
     assert b["fakeval_with_val_n"] == 3 and b["fakeval_with_test"] is None
+
+
+FOUR = dict(
+    splits=dict(novel=3, k=5), classifier=dict(classes="base"), base_gan=dict(stage="gan", classes="base", pack=1), fewshot={}, fewclassify={}
+)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(fewclassify=dict(k=9)), r"fewclassify\.k = 9: the splits have 5 supports.*splits\.k"),
+        (dict(classifier=dict(classes="all")), r"fewclassify needs a classifier of the base classes alone.*classes = base"),
+        (dict(diffusion={}, fewshot=dict(uses="diffusion")), r"fewshot\.uses = 'diffusion': stage diffusion made it.*classes: base"),
+        (dict(fewclassify=dict(uses="base_gan")), r"fewclassify\.uses = 'base_gan': stage gan made it.*of stage fewshot"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(changed, words):
+    preflight(plan(read_params(dict(stages=FOUR))))
+    with pytest.raises(SettingError, match=words):
+        preflight(plan(read_params(dict(stages={**FOUR, **changed}))))

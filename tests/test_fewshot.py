@@ -411,14 +411,29 @@ transform_kwargs optim lr beta1 beta2 weight_decay eps n_gen ngf_decoder blocks_
 g_finetune_mode use_ema pretrain beta use_tanh pretrained_enc"""
 
 
+KEYS_OF_CLASSIFICATION = """mode epochs pretrained n_samples_per_class dataset.k_shot dataset.transform_kwargs pad_length finetune.transform_kwargs batch_size
+aug_batch_size N_fakeval use_mixup mixup.dist mixup.alpha mixup.mix_labels stdev ignore_dev_set bn_moving_avgs freeze_all_except lr beta1 beta2 weight_decay
+optim.eps optim.step_size optim.gamma save_every validate_every ignore_k_shot_warning rnd"""
+
+
+def table_rows(chapter: str) -> list:
+    """(left, right) of the rows of a chapter's tables."""
+    cells = json.loads((TOP / "nbs" / f"{chapter}.ipynb").read_text())["cells"]
+    lines = [line for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines() if line.startswith("| ")]
+    return [line.split("|")[1:3] for line in lines]
+
+
 @pytest.mark.parametrize("chapter", ["04a_fewshot", "03b_gan_training"])
 def test_published_keys_are_in_the_chapter(chapter):
     """Each key of the GAN's two stages stands in a left column, of fine-tuning with a name of ours or a reason."""
-    cells = json.loads((TOP / "nbs" / f"{chapter}.ipynb").read_text())["cells"]
-    rows = [
-        line.split("|")[1:3] for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines() if line.startswith("| ")
-    ]
+    rows = table_rows(chapter)
     assert not set(KEYS.split()) - {k for left, _ in rows for k in re.findall(r"`(\w+)`", left)} - {"model", "optim"}
     if chapter == "04a_fewshot":
         named = {n for left, right in rows for n in re.findall(r"`(\w+)`", right)}
         assert {f.name for f in fields(FewshotConfig)} - named == {"init"}  # the one that is ours alone
+
+
+def test_published_keys_of_classification_are_in_the_chapter():
+    """Each key of stage 3 stands in a left column of 08b1 with something on its right."""
+    left = {k for a, b in table_rows("08b1_fewshot_classify") if b.strip() for k in re.findall(r"`([\w.]+)`", a)}
+    assert not set(KEYS_OF_CLASSIFICATION.split()) - left - {k.rpartition(".")[2] for k in left}

@@ -226,9 +226,10 @@ def class_interpolation(
     cols: int = 10,  # pairs of classes
     rows: int = 16,  # steps of alpha from 0 to 1
     seed: int = 0,  # of pairs and noise
+    labels: list | None = None,  # the classes; None = all that it was trained on
 ) -> tuple:  # (rows·cols images, a name per row, a name per column)
     "Same noise per column, the label going from y2 (first row) to y1 (last row)."
-    y1, y2 = pairs(list(g.trained), cols, seed)
+    y1, y2 = pairs(list(labels or g.trained), cols, seed)
     z, alpha = latents(y1, torch.arange(cols), net_of(g).z, seed), torch.linspace(0, 1, rows)
     x = render(g, z.repeat(rows, 1), y1.repeat(rows), y2.repeat(rows), alpha.repeat_interleave(cols))
     names = [f'{a:.2f}' for a in alpha.tolist()]
@@ -249,9 +250,10 @@ def crossover(
     real: Split | None = None,  # where x1 and x2 come from; None = without these rows
     cols: int = 10,  # pairs of classes
     seed: int = 0,  # of pairs, noise and real images
+    labels: list | None = None,  # the classes; None = all that it was trained on
 ) -> tuple:  # (rows·cols images, a name per row, a name per column)
     "Rows: x1, x2, blank, (y1, z1), (y1, z2), (y1, 0), (y2, z1), (y2, z2)."
-    y1, y2 = pairs(list(g.trained), cols, seed)
+    y1, y2 = pairs(list(labels or g.trained), cols, seed)
     z1, z2 = [latents(y, torch.arange(cols), net_of(g).z, seed) for y in (y1, y2)]
     made = render(g, torch.cat([z1, z2, 0*z1, z1, z2]), torch.cat([y1, y1, y1, y2, y2]))
     names, above = ['(y1, z1)', '(y1, z2)', '(y1, 0)', '(y2, z1)', '(y2, z2)'], []
@@ -261,9 +263,9 @@ def crossover(
     return torch.cat([*above, made]), names, [f'{g.classes[a]}\n{g.classes[b]}' for a, b in zip(y1.tolist(), y2.tolist())]
 
 # %% ../../nbs/05c_sampling.ipynb #d9e322da
-def generated(g: Generator, cols: int = 16, seed: int = 0, tall: int = 40, **dials) -> tuple:
-    "(images, a name per row): one row per class (at most `tall`), its first candidates."
-    some = list(g.trained)[:tall]
+def generated(g: Generator, cols: int = 16, seed: int = 0, tall: int = 40, labels: list | None = None, **dials) -> tuple:
+    "(images, a name per row): one row per class (at most `tall` of them), its first candidates."
+    some = list(labels or g.trained)[:tall]
     y = torch.tensor(some).repeat_interleave(cols)
     return g.sample(y, torch.arange(cols).repeat(len(some)), seed=seed, **dials), [g.classes[c] for c in some]
 
@@ -274,9 +276,11 @@ def diagnostics(
     cols: int = 16,  # columns
     seed: int = 0,
     name: str = '',  # put before the files' names
+    labels: list | None = None,  # the classes; None = all that it was trained on
 ) -> list:  # paths
     "Write class_interp.png, crossover.png and generated.png."
-    shown = dict(class_interp=class_interpolation(g, cols, seed=seed), crossover=crossover(g, real, cols, seed), generated=generated(g, cols, seed))
+    shown = dict(class_interp=class_interpolation(g, cols, seed=seed, labels=labels), crossover=crossover(g, real, cols, seed, labels),
+                 generated=generated(g, cols, seed, labels=labels))
     paths = [Path(folder)/f'{name}{k}.png' for k in shown]
     for path, made in zip(paths, shown.values()): save_grid(path, *made)
     return paths
