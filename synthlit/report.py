@@ -9,11 +9,11 @@ __all__ = ['REPORT_PRESETS', 'STYLE', 'INK', 'LINES', 'COLUMNS', 'PUBLISHED', 'S
            'survey', 'RunView', 'attempt', 'missing', 'score_bars', 'tile', 'headline_section', 'chance', 'score_table',
            'table_section', 'recall_part', 'copies_part', 'privacy_part', 'asked_part', 'beside_section', 'first',
            'spread', 'by_class', 'drawn', 'mixed', 'samples_section', 'filter_figs', 'chosen_words', 'filter_part',
-           'filter_section', 'mixture_section', 'has', 'curves_section', 'few_shown', 'fewshot_part', 'fewshot_table',
-           'fewshot_section', 'splits_section', 'fewscores_part', 'fewscores_section', 'shots_part', 'tuned_section',
-           'transfer_part', 'transferred_section', 'optimism_part', 'epochs_part', 'openings_part', 'leak_part',
-           'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part', 'page', 'make_report',
-           'work_report', 'run_report']
+           'filter_section', 'mixture_section', 'has', 'curves_section', 'few_shown', 'fewshot_part', 'few_cell',
+           'fewshot_table', 'fewshot_section', 'splits_section', 'fewscores_part', 'fewscores_section', 'shots_part',
+           'tuned_section', 'transfer_part', 'transferred_section', 'optimism_part', 'epochs_part', 'openings_part',
+           'leak_part', 'honesty_section', 'times_part', 'provenance_section', 'section', 'state_part', 'page',
+           'make_report', 'work_report', 'run_report']
 
 # %% ../nbs/08c_report.ipynb #a9eba7e3
 import base64, functools, html, io, json, re, time
@@ -633,6 +633,12 @@ def fewshot_part(v: RunView, f: Folder) -> list:
     return [el('h3', f.name), el('p', text), el('div', grid(shown, names, [el('b', 'supports'), ', from train'], min(k, 10), v.cfg.tile),
             grid(drawn(f.path, some, n), names, [el('b', 'generated'), f' by {f.name}'], n, v.cfg.tile), class_='figs')]
 
+def few_cell(v: RunView, f: Folder | None):
+    "Samples of one few-shot generator; a dash where there is none."
+    if f is None: return '–'
+    _, _, some, names = few_shown(v, f)
+    return grid(drawn(f.path, some, v.cfg.samples), names, f'Fréchet {f.result["frechet"]:.2f}', v.cfg.samples, v.cfg.tile)
+
 def fewshot_table(v: RunView, stages: list) -> list:
     "Samples by supports per class (across) and by weight of the unlabelled images (down): a table for each split and pair of modes that has several."
     out, groups = [], {}
@@ -643,10 +649,7 @@ def fewshot_table(v: RunView, stages: list) -> list:
     for (splits, g, d, seed), of in groups.items():
         if len(of) < 2: continue
         weights, ks = (sorted({*x}) for x in zip(*of))
-        def cell(w, k):
-            if (w, k) not in of: return '–'
-            return grid(drawn((f := of[w, k]).path, (few := few_shown(v, f))[2], v.cfg.samples), few[3], f'Fréchet {f.result["frechet"]:.2f}', v.cfg.samples, v.cfg.tile)
-        rows = [[f'semi-supervised, α = {w:g}' if w else 'supervised', *[cell(w, k) for k in ks]] for w in weights]
+        rows = [[f'semi-supervised, α = {w:g}' if w else 'supervised', *[few_cell(v, of.get((w, k))) for k in ks]] for w in weights]
         out += [el('p', f'{splits}, generator {g}, discriminator {d}, seed {seed}:'), table(['', *[f'k = {k}' for k in ks]], rows, kind='text')]
     return out
 
