@@ -11,7 +11,7 @@ import yaml
 from synthlit.core import DamagedFile, SettingError, load_json, read_manifest, resolve, run_machine, save_json, save_table, small_stage
 from synthlit.data import SETS, DataError, encode, load_arrays
 from synthlit.evaluate import refuse_contamination
-from synthlit.pipeline import main
+from synthlit.pipeline import main, plan, preflight, read_params
 from synthlit.splits import (
     SPLITS_PRESETS,
     SplitsConfig,
@@ -332,3 +332,18 @@ def test_parquet_val_is_kept(tmp_path):
         )
     cfg = SplitsConfig(str(tmp_path), novel=1, k=2)
     assert [len(s) for s in cut_data(load_data(cfg), cfg).values()] == [20, 8, 6] == [data_facts(cfg)[f"n_{p}"] for p in ("train", "val", "test")]
+
+
+def test_some_of_the_classes():
+    """Drawn by the seed, numbered anew, and known before an image is decoded."""
+    cfg = SplitsConfig(classes=5, novel=2)
+    whole, parts, facts = load_data(SplitsConfig()), cut_data(load_data(cfg), cfg), data_facts(cfg)
+    names = parts["train"].classes
+    assert len(names) == facts["classes"] == 5 and names != [whole["classes"][i] for i in range(5)]
+    assert set(facts["novel_labels"]) < set(range(5)) and abs(facts["n_train"] - len(parts["train"])) < 10
+    for i, name in enumerate(names):
+        theirs = {x.tobytes() for x in whole["train"][0][whole["train"][1] == whole["classes"].index(name)]}
+        assert all(x.numpy().tobytes() in theirs for s in parts.values() for x in s.images[s.labels == i])
+    assert load_data(SplitsConfig(classes=5, seed=1))["classes"] != names
+    with pytest.raises(SettingError, match=r"splits\.classes = 11.*only 10"):
+        preflight(plan(read_params(dict(stages=dict(splits=dict(classes=11))))))
