@@ -79,7 +79,17 @@ def keep(run: Path):
     keep = ("stage", "seconds", "cpu_seconds")
     cost = {f.name: {k: v for k, v in load_json(f / "manifest.json").items() if k in keep} for f in done}
     classifier = {k: v for k, v in load_json(run / "classifier/result.json").items() if isinstance(v, (int, float))}
-    save_json(to / "chain.json", dict(seed=seed, gans=gans, cost=cost, classifier=classifier, machine=load_json(run / "run.json")["machine"]))
+    save_json(
+        to / "chain.json",
+        dict(
+            seed=seed,
+            base_classes=len(load_json(run / "splits/fewshot.json")["base"]),
+            gans=gans,
+            cost=cost,
+            classifier=classifier,
+            machine=load_json(run / "run.json")["machine"],
+        ),
+    )
     if seed == 0:
         keep_pictures(run, to / "pictures")
 
