@@ -13,13 +13,15 @@ from synthlit.core import load_json, save_json
 
 TO = Path(__file__).resolve().parent.parent / "nbs/results/search"
 METHODS = ("published", "fast")
+TRIED = ("ckpt", "std", "rule", "tau", "steps", "val_accuracy")  # of each trial
 
 
 def searched(folder: Path) -> dict:
     """What a search chose and what it cost."""
     result, manifest = load_json(folder / "result.json"), load_json(folder / "manifest.json")
     chosen = {k: result[k] for k in ("ckpt", "std", "rule", "tau", "val_accuracy", "trials", "flops", "acceptance", "per_class")}
-    return dict(chosen, seconds=manifest["seconds"], cpu_seconds=manifest["cpu_seconds"])
+    tried = [[r[k] for k in TRIED] for r in pq.read_table(folder / "ledger.parquet").to_pylist()] if (folder / "ledger.parquet").exists() else []
+    return dict(chosen, seconds=manifest["seconds"], cpu_seconds=manifest["cpu_seconds"], tried=tried)
 
 
 def keep(run: Path):
