@@ -81,7 +81,8 @@ class FewclassifyConfig(Augment):
     def check(self, facts: dict):
         "Refuse rows that cannot be, and seeds that are no second measurement."
         def no(name, why): raise SettingError(f'fewclassify.{name} = {getattr(self, name)!r}: {why}')
-        if self.k and self.k > facts.get('k', self.k): no('k', f'the splits have {facts["k"]} supports of each novel class; set splits.k to the largest k')
+        if self.k and self.k > facts.get('k', self.k):
+            no('k', f'the splits have {facts["k"]} supports of each novel class; set splits.k to the largest k')
         if facts.get('judge') == 'all':
             raise SettingError('fewclassify needs a classifier of the base classes alone, as one of all classes knows the novel ones already: '
                                'set classifier.classes = base, or name such a classifier in fewclassify.uses')

@@ -95,7 +95,8 @@ def only_some(data: dict, cfg: SplitsConfig) -> dict:
     n = len(data['classes'])
     if cfg.classes is None or len(kept := some_classes(cfg, n)) == n: return data
     parts = {p: (data[p][0][at], y) for p in ('train', 'val', 'test') if p in data for at, y in [of_classes(data[p][1], kept, n)] if len(at)}
-    if 'train' not in parts: raise SettingError(f'splits.classes = {cfg.classes}: no training image of {cfg.dataset} is of the classes drawn; ask for more')
+    if 'train' not in parts:
+        raise SettingError(f'splits.classes = {cfg.classes}: no training image of {cfg.dataset} is of the classes drawn; ask for more')
     few = dict(n_val=round(data['n_val']*len(kept)/n)) if 'n_val' in data else {}
     return dict(parts, classes=[data['classes'][c] for c in kept], **few)
 

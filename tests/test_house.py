@@ -208,7 +208,7 @@ def test_ready_experiments_are_valid_and_explained(path, imagenet):
         search={"splits", "classifier", "gan", "search", "evaluate", "report"},
         gafi={"splits", "classifier", "gan", "generate", "filter", "search", "multigen", "evaluate", "report"},
         gan={"splits", "classifier", "gan", "generate", "evaluate", "report"},
-        few={"splits", "classifier", "gan", "fewshot", "fewclassify"},
+        few={"splits", "classifier", "gan", "fewshot", "fewclassify", "report"},
         tiny={"splits", "tiny"},
         pretrain={"splits", "transfer"} | ({"text2image", "generate"} if path.stem.endswith("gpu") else {"classifier", "gan"}),
         realfake={"splits", "classifier", "text2image", "lora", "generate", "evaluate", "report"}
