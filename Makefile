@@ -70,7 +70,7 @@ results-tiny: .venv/.installed ## the tiny twins of He et al. and of Real-Fake (
 	$(V)/synthlit run realfake_tiny_cpu
 	$(foreach p,$(TINY),$(call keep,$(p),tiny/$(p)) ;)
 
-results-few-shot: .venv/.installed ## five class splits of Omniglot, one run each (40 minutes of one core a split; goes on where it was) for nbs/results/few_shot.ipynb
+results-few-shot: .venv/.installed ## five class splits of Omniglot, one run each (hours on two cores; goes on where it was) for nbs/results/few_shot.ipynb
 	for s in 0 1 2 3 4; do $(V)/synthlit run few_shot_omniglot_cpu -p splits.seed=$$s --out runs/few_shot_omniglot_cpu_$$s --jobs 2 && \
 	  $(V)/python tests/keep_few_shot.py runs/few_shot_omniglot_cpu_$$s || exit 1; done
 

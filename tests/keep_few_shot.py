@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from synthlit.core import load_json, save_json
+from synthlit.core import load_json, load_table, save_json
+from synthlit.data import encode
+from synthlit.gan.watch import tiles
 from synthlit.generator import load_generator
 from synthlit.splits import load_split, supports_of
 
@@ -39,18 +40,9 @@ def gan_line(folder: Path) -> dict:
 
 def history(folder: Path) -> list:
     """The rows of a history that were measured, losses left out."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(folder / "history.parquet").to_pylist()
+    rows = load_table(folder / "history.parquet").to_pylist()
     keep = ("step", "frechet", "frechet_supports", "precision", "recall", "density", "coverage", "variety")
     return [{k: r[k] for k in keep if r.get(k) is not None} for r in rows if r.get("frechet") is not None]
-
-
-def tiled(images: torch.Tensor) -> np.ndarray:
-    """SHOWN·n × 1 × S × S images as one picture, a row for each class."""
-    n = len(images) // SHOWN
-    x = torch.nn.functional.pad(images[:, 0], (1, 1, 1, 1), value=255)
-    return x.view(SHOWN, n, *x.shape[1:]).permute(0, 2, 1, 3).reshape(SHOWN * x.shape[1], n * x.shape[2]).numpy()
 
 
 def keep_pictures(run: Path, to: Path):
@@ -64,7 +56,7 @@ def keep_pictures(run: Path, to: Path):
         sets[f.name] = load_generator(f).sample(torch.tensor(novel).repeat_interleave(EACH), torch.arange(EACH).repeat(SHOWN))
     to.mkdir(parents=True, exist_ok=True)
     for name, images in sets.items():
-        Image.fromarray(tiled(images)).save(to / f"{name}.png", optimize=True)
+        (to / f"{name}.png").write_bytes(encode(tiles(images, len(images) // SHOWN).numpy()))
 
 
 def keep(run: Path):

@@ -7,9 +7,7 @@ the page, so they can be run one after another.
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from synthlit.core import load_json, save_json
+from synthlit.core import load_json, load_table, save_json
 
 TO = Path(__file__).resolve().parent.parent / "nbs/results/search"
 METHODS = ("published", "fast")
@@ -20,13 +18,13 @@ def searched(folder: Path) -> dict:
     """What a search chose and what it cost."""
     result, manifest = load_json(folder / "result.json"), load_json(folder / "manifest.json")
     chosen = {k: result[k] for k in ("ckpt", "std", "rule", "tau", "val_accuracy", "trials", "flops", "acceptance", "per_class")}
-    tried = [[r[k] for k in TRIED] for r in pq.read_table(folder / "ledger.parquet").to_pylist()] if (folder / "ledger.parquet").exists() else []
+    tried = [[r[k] for k in TRIED] for r in load_table(folder / "ledger.parquet").to_pylist()] if (folder / "ledger.parquet").exists() else []
     return dict(chosen, seconds=manifest["seconds"], cpu_seconds=manifest["cpu_seconds"], tried=tried)
 
 
 def keep(run: Path):
     """One run: for each generator both searches, and the final test accuracies by classifier seed, on a fixed set and on recycled ones."""
-    scores = pq.read_table(run / "evaluate/scores.parquet").to_pylist()
+    scores = load_table(run / "evaluate/scores.parquet").to_pylist()
     test = lambda row: {str(r["seed"]): r["test"] for r in scores if r["row"] == row}
     whole, splits = load_json(run / "evaluate/result.json"), load_json(run / "evaluate/manifest.json")["cuts"]
     generators = []
