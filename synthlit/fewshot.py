@@ -62,9 +62,6 @@ class FewshotConfig:
             raise no('pool', 'the published protocol keeps no image apart; use pool = published, or splits.fewshot = disjoint'
                      if facts.get('protocol') == 'published' else 'a novel class has no unlabelled image besides its supports; '
                           'take a smaller splits.k, more images, or pool = none with alpha = 0')
-        if self.alpha and facts.get('pack', 1) > 1:
-            raise no('alpha', f'the GAN sees packs of {facts["pack"]} images of one class, and the class of unlabelled images is not known; '
-                              'pre-train with gan.pack = 1')
         if gan := facts.get('gan'): check_gan(self, gan)
         if source := facts.get('source'): check_source(source, facts)
 

@@ -37,5 +37,5 @@ def test_few_shot_digits(tmp_path):
     kinds = [f"{part}_{kind}" for part in ("train", "dev") for kind in ("class_interp", "crossover", "generated")]
     assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(["fewshot-alpha0.0-samples.png", *(f"fewshot-alpha0.0-{k}.png" for k in kinds)])
     # the report lays both GANs out by supports and by unlabelled images
-    page = fewshot_section(RunView(run, ReportConfig()))
-    assert all(w in "".join(page) for w in ("k = 5", "supervised", "semi-supervised, α = 1", "images without labels"))
+    page = str(fewshot_section(RunView(run, ReportConfig())))
+    assert all(w in page for w in ("k = 5", "supervised", "semi-supervised, α = 1", "images without labels"))

@@ -276,6 +276,7 @@ OBJECTIVES = [
     dict(loss="ns", gp=10.0, penalty_every=2), dict(loss="bce", loss_g="feature_matching"), dict(loss="hinge", loss_g="saturating"),
     dict(loss="ns", ema=0.0), dict(loss="ns", pack=1, random_labels=True), dict(loss="ns", same_fakes=False, basket="fresh", d_steps=2),
     dict(loss="hinge", accumulate=2, pack=1), dict(loss="ns", augment="colour+translate", augment_p=0.5), dict(loss="ns", uncond=0.5, pack=1),
+    dict(loss="ns", uncond=0.5),
 ]  # fmt: skip
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GAN_PRESETS', 'GanConfig', 'study', 'GanGenerator', 'Packs', 'Shuffled', 'GanState', 'standing_statistics', 'Look',
-           'look', 'fakes', 'seen', 'reader', 'target', 'penalties', 'unlabelled', 'd_objective', 'g_objective',
-           'share_gradients', 'd_update', 'g_update', 'gan_step', 'at_rest', 'judge', 'as_generator', 'Watcher',
-           'new_batches', 'finish_first', 'check_finite', 'set_reference', 'keep_training', 'train_gan',
+           'look', 'fakes', 'seen', 'reader', 'target', 'penalties', 'across', 'bare', 'unlabelled', 'd_objective',
+           'g_objective', 'share_gradients', 'd_update', 'g_update', 'gan_step', 'at_rest', 'judge', 'as_generator',
+           'Watcher', 'new_batches', 'finish_first', 'check_finite', 'set_reference', 'keep_training', 'train_gan',
            'start_processes', 'work_gan', 'stage_splits', 'run_gan', 'finish_gan', 'finish_watched']
 
 # %% ../../nbs/03b_gan_training.ipynb #15d896e0
@@ -339,9 +339,17 @@ def penalties(s: GanState, l: Look, x: torch.Tensor, fake: torch.Tensor) -> torc
     if c.r2: total = total + c.r2*zero_penalty(s.D, fake, l.fy)
     return c.penalty_every*total
 
-def unlabelled(s: GanState, l: Look, of_real) -> torch.Tensor:
+def across(x: torch.Tensor, pack: int) -> torch.Tensor:
+    "A class-sorted batch in another order: its packs go across the classes, image i beside i + N/pack."
+    return x.unflatten(0, (pack, -1)).transpose(0, 1).flatten(0, 1)
+
+def bare(s: GanState, x: torch.Tensor, of) -> torch.Tensor:
+    "Scores without labels of a batch that `of` scores: packs go across the classes, as those of unlabelled images do."
+    return of() if s.cfg.pack == 1 else reader(s.D, across(x, s.cfg.pack))[0]()
+
+def unlabelled(s: GanState, l: Look, x: torch.Tensor, of_real) -> torch.Tensor:
     "Scores without labels of the look's unlabelled images, or of its labelled ones where it has no others."
-    return of_real() if l.free is None else reader(s.D, seen(s, l, l.free, 'free'))[0]()
+    return bare(s, x, of_real) if l.free is None else reader(s.D, seen(s, l, l.free, 'free'))[0]()
 
 def d_objective(s: GanState, l: Look, fake: torch.Tensor) -> torch.Tensor:
     "What the discriminator minimises at a look."
@@ -350,7 +358,7 @@ def d_objective(s: GanState, l: Look, fake: torch.Tensor) -> torch.Tensor:
         (of_real, _), (of_fake, h) = reader(s.D, x), reader(s.D, fake)
         real, scores = of_real(l.y), of_fake(l.fy)
         loss = d_loss(real, scores, c.loss, target(s, l, real))
-        if c.uncond: loss = loss + c.uncond*d_loss(unlabelled(s, l, of_real), of_fake(), c.loss)
+        if c.uncond: loss = loss + c.uncond*d_loss(unlabelled(s, l, x, of_real), bare(s, fake, of_fake), c.loss)
         if c.info: loss = loss + 2*c.info*noise_loss(s.D.posterior(h)[0].float(), l.z)
     return loss + penalties(s, l, x, fake)
 
@@ -362,7 +370,7 @@ def g_objective(s: GanState, l: Look, fake: torch.Tensor) -> torch.Tensor:
         of_fake, h = reader(s.D, fake)
         scores = of_fake(l.fy)
         loss = g_loss(s.D(seen(s, l, l.x, 'real'), l.y).float() if kind == 'relativistic' else None, scores, kind, target(s, l, scores))
-        if c.uncond: loss = loss + c.uncond*g_loss(None, of_fake(), kind)
+        if c.uncond: loss = loss + c.uncond*g_loss(None, bare(s, fake, of_fake), kind)
         return loss + c.info*noise_loss(s.D.posterior(h)[0].float(), l.z) if c.info else loss
 
 # %% ../../nbs/03b_gan_training.ipynb #9c5ecc6b
