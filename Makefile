@@ -70,9 +70,10 @@ results-tiny: .venv/.installed ## the tiny twins of He et al. and of Real-Fake (
 	$(V)/synthlit run realfake_tiny_cpu
 	$(foreach p,$(TINY),$(call keep,$(p),tiny/$(p)) ;)
 
-results-few-shot: .venv/.installed ## five class splits of Omniglot, one run each (hours on two cores; goes on where it was) for nbs/results/few_shot.ipynb
-	for s in 0 1 2 3 4; do $(V)/synthlit run few_shot_omniglot_cpu -p splits.seed=$$s --out runs/few_shot_omniglot_cpu_$$s --jobs 2 && \
-	  $(V)/python tests/keep_few_shot.py runs/few_shot_omniglot_cpu_$$s || exit 1; done
+results-few-shot: .venv/.installed ## five class splits of Omniglot, two at a time (two hours on two cores; goes on where it was) for nbs/results/few_shot.ipynb
+	printf '%s\n' 0 1 2 3 4 | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '$(V)/synthlit run few_shot_omniglot_cpu -p splits.seed={} --out runs/few_shot_omniglot_cpu_{} && \
+	  $(V)/python tests/keep_few_shot.py runs/few_shot_omniglot_cpu_{}'
+	OMP_NUM_THREADS=1 $(V)/synthlit run few_shot_bases_cpu --jobs 2 && $(V)/python tests/keep_few_shot.py runs/few_shot_bases_cpu
 
 results-metrics: .venv/.installed-dev ## our measures beside pytorch-fid, prdc and torch-fidelity for nbs/results/metrics.ipynb (half an hour on an idle machine; the last two go into .venv-peers)
 	[ -x .venv-peers/bin/python ] || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install -q prdc==0.2 torch-fidelity==0.4.0; }

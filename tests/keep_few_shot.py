@@ -1,7 +1,8 @@
 """Keep what nbs/results/few_shot.ipynb prints of finished runs of few_shot_omniglot_cpu, one run for each class split.
 
 `python tests/keep_few_shot.py RUN ...` writes nbs/results/few_shot/seed<N>/ for each: the table, the scores and the looks of the classification, a line for each
-GAN, the seconds of each stage; and small pictures of the first run: supports, val, and what each adapted generator draws.
+GAN, the seconds of each stage; and small pictures of the first run: supports, val, and what each adapted generator draws. Of a finished run of
+few_shot_bases_cpu it writes bases.json: how its GANs learned.
 """
 
 import shutil
@@ -41,7 +42,7 @@ def gan_line(folder: Path) -> dict:
 def history(folder: Path) -> list:
     """The rows of a history that were measured, losses left out."""
     rows = load_table(folder / "history.parquet").to_pylist()
-    keep = ("step", "frechet", "frechet_supports", "precision", "recall", "density", "coverage", "variety")
+    keep = ("step", "frechet", "frechet_supports", "agreement", "precision", "recall", "density", "coverage", "variety")
     return [{k: r[k] for k in keep if r.get(k) is not None} for r in rows if r.get("frechet") is not None]
 
 
@@ -53,14 +54,24 @@ def keep_pictures(run: Path, to: Path):
     sets = dict(supports=train.images[supports_of(fs, k)][: SHOWN * k])
     sets["val"] = torch.cat([val.images[val.labels == c][:4] for c in novel])
     for f in stages(run, "fewshot"):
-        sets[f.name] = load_generator(f).sample(torch.tensor(novel).repeat_interleave(EACH), torch.arange(EACH).repeat(SHOWN))
+        how = load_json(f / "manifest.json")["settings"]
+        name = f"{how['mode_g']}-{how['alpha']:g}"
+        sets[name] = load_generator(f).sample(torch.tensor(novel).repeat_interleave(EACH), torch.arange(EACH).repeat(SHOWN))
     to.mkdir(parents=True, exist_ok=True)
     for name, images in sets.items():
         (to / f"{name}.png").write_bytes(encode(tiles(images, len(images) // SHOWN).numpy()))
 
 
+def keep_bases(run: Path):
+    """The histories and prices of base GANs."""
+    cost = [load_json(f / "manifest.json")["cpu_seconds"] for f in stages(run, "gan")]
+    save_json(TO / "bases.json", [dict(name=f.name, cpu_seconds=s, history=history(f)) for f, s in zip(stages(run, "gan"), cost)])
+
+
 def keep(run: Path):
     """One run, whole."""
+    if not stages(run, "fewclassify"):
+        return keep_bases(run)
     seed, few = load_json(run / "splits/manifest.json")["settings"]["seed"], run / "fewclassify"
     to = TO / f"seed{seed}"
     to.mkdir(parents=True, exist_ok=True)

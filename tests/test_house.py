@@ -215,6 +215,7 @@ def test_ready_experiments_are_valid_and_explained(path, imagenet):
         | ({"tiny"} if path.stem == "realfake_tiny_cpu" else set()),
         zero={"splits", "classifier", "prompts", "text2image", "generate", "filter", "tuning", "report"}
         | ({"evaluate"} if path.stem.endswith("gpu") else {"tiny"}),
+        few_shot_bases_cpu={"splits", "classifier", "gan", "report"},
         few_shot_tiny_cpu={"splits", "tiny", "text2image", "generate", "tuning", "report"},
         few_shot_eurosat_gpu={"splits", "classifier", "prompts", "text2image", "generate", "tuning", "evaluate", "report"},
     )
