@@ -10,6 +10,7 @@ from PIL import Image
 
 from synthlit.classifier import CPU, Classifier, ClassifierConfig, new_net
 from synthlit.core import History, SettingError, global_rng, randn, rng
+from synthlit.fewshot import NovelWatch
 from synthlit.gan import watch as module
 from synthlit.gan.watch import Watch, animate, collapsed, evenly, picture, save_picture, score_accuracy, spreads, tiles, variety
 from synthlit.generator import Generator, fit_floor
@@ -239,3 +240,7 @@ def test_fid_and_inception_score_where_there_are_weights(parts, classifier, floo
     assert seen["fid"] == frechet_distance(w.of_inception, features) > 0 and features.shape == (100, 2048)
     assert torch.allclose(probs, (features @ net.last.T).softmax(1)) and probs.std(1).min() > 1e-4  # without the bias
     assert seen["is_mean"] == inception_score(probs)[0] >= 1 - 1e-9
+    # fine-tuning watches novel classes by the same features
+    few = NovelWatch(val, classifier, some, 50, parts["train"].only(some).take(torch.arange(10)), str(weights))
+    few.inception = SimpleNamespace(both=lambda images: (features, probs) if torch.equal(images, x) else None)
+    assert few(floor)["fid"] == seen["fid"] and few(floor)["is_mean"] == seen["is_mean"]
