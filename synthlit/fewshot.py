@@ -37,7 +37,7 @@ class FewshotConfig:
     augment: str | None = None  # differentiable augmentation, chapter 03a5; '' = off
     augment_p: Annotated[float, (0, 1)] | None = None  # chance of each of its parts
     optimizer: Literal['adam', 'adamw'] | None = None  # always begun anew: no moments from pre-training
-    lr_g: Annotated[float, (1e-8, 1)] = 3e-3  # learning rate, generator; class tables bear a higher rate than whole networks
+    lr_g: Annotated[float, (1e-8, 1)] = 3e-3  # learning rate, generator; class tables tolerate a higher rate than whole networks
     lr_d: Annotated[float, (1e-8, 1)] = 1e-3  # learning rate, discriminator
     beta1: Annotated[float, (0, 0.999)] | None = None  # first beta, both networks
     beta2: Annotated[float, (0, 0.9999)] | None = None  # second beta, both networks
@@ -155,7 +155,7 @@ def settings_of(folder, cfg: FewshotConfig) -> GanConfig:
     kept = said(augment=cfg.augment, augment_p=cfg.augment_p, optimizer=cfg.optimizer, beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps, ema=cfg.ema,
                 inception=cfg.inception, weight_decay_g=cfg.weight_decay, weight_decay_d=cfg.weight_decay)
     base = resolve(GanConfig, read_manifest(folder)['settings'], own, kept)
-    return replace(base, epochs=None, collapse=0., keep_every=0, random_labels=False)  # a few supports are not varied; labels are novel ones
+    return replace(base, epochs=None, collapse=0., keep_every=0, random_labels=False)  # few supports vary little, which is no collapse; labels are novel ones
 
 def adapt(
     folder,  # of the pre-trained GAN's stage

@@ -1,7 +1,7 @@
 """Keep what nbs/results/few_shot.ipynb prints of finished runs of few_shot_omniglot_cpu, one run for each class split.
 
 `python tests/keep_few_shot.py RUN ...` writes nbs/results/few_shot/seed<N>/ for each: the table, the scores and the looks of the classification, a line for each
-GAN, the seconds of each stage; and small pictures of the first run: supports, val, and what each adapted generator draws. Of a finished run of
+GAN, the seconds of each stage; and small pictures of split 0: supports, val, and what each adapted generator draws. Of a finished run of
 few_shot_bases_cpu it writes bases.json: how its GANs learned.
 """
 
@@ -70,7 +70,7 @@ def keep_bases(run: Path):
 
 def keep(run: Path):
     """One run, whole."""
-    if not stages(run, "fewclassify"):
+    if not stages(run, "fewshot") and not (run / "fewclassify").exists() and "small-pack1" in [f.name for f in stages(run, "gan")]:
         return keep_bases(run)
     seed, few = load_json(run / "splits/manifest.json")["settings"]["seed"], run / "fewclassify"
     to = TO / f"seed{seed}"
