@@ -11,9 +11,9 @@ __all__ = ['FEWSHOT_PRESETS', 'NEIGHBOURS', 'FewshotConfig', 'free', 'names_of',
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
-import torch
+import numpy as np, torch
 from torch import nn
-from .core import SettingError, Stage, load_json, load_meta, load_tensors, open_stage, preset_of, read_manifest, resolve, said, show_grid
+from .core import SettingError, Stage, load_json, load_meta, load_tensors, open_stage, preset_of, read_manifest, resolve, rng, said, show_grid
 from .data import DataError
 from .generator import load_generator
 from .metrics import frechet_distance, prdc
@@ -192,10 +192,14 @@ def unlabelled_images(cfg: FewshotConfig, fs: dict, train: Split, val: Split) ->
     return pool
 
 class WithPool:
-    "Labelled batches, each with as many unlabelled images as its third part, addressed by number."
-    def __init__(self, labelled, pool: Split, batch: int, seed: int, device='cpu'):
-        self.labelled, self.pool = labelled, Shuffled(pool, batch, seed, device, 'fewshot.pool')
-    def __call__(self, number: int) -> tuple: return *self.labelled(number), self.pool(number)[0]
+    "Labelled batches, their packs in random order, each with as many unlabelled images as its third part, addressed by number."
+    def __init__(self, labelled, pool: Split, batch: int, seed: int, device='cpu', pack: int = 1):
+        self.labelled, self.pool, self.seed, self.pack = labelled, Shuffled(pool, batch, seed, device, 'fewshot.pool'), seed, pack
+    def __call__(self, number: int) -> tuple:
+        images, labels = self.labelled(number)
+        packs = rng(self.seed, 'fewshot.packs', number).permutation(len(labels)//self.pack)
+        at = torch.from_numpy((packs[:, None]*self.pack + np.arange(self.pack)).ravel())
+        return images[at], labels[at], self.pool(number)[0]
 
 # %% ../nbs/04a_fewshot.ipynb #a3848a62
 NEIGHBOURS = 3  # of precision, recall, density and coverage, as published
@@ -266,7 +270,7 @@ def run_fewshot(stage: Stage) -> dict:
     if not stage.history.rows: watcher(s, 0)  # before the first step: what fine-tuning must beat
     stage.tensorboard()
     batches = new_batches(s.cfg, supports, new, cfg.batch, stage.device)
-    train_gan(s, WithPool(batches, pool, cfg.batch, cfg.seed, stage.device) if pool else batches, cfg.steps, stage, watcher)
+    train_gan(s, WithPool(batches, pool, cfg.batch, cfg.seed, stage.device, s.cfg.pack) if pool else batches, cfg.steps, stage, watcher)
     best = load_generator(stage.dir, stage.device)
     saw = [*read_manifest(source)['saw'], *(pool.saw if pool else [])]
     return finish_gan(s, stage, supports, cfg.steps, every, saw, base_gan=source.name, k=len(supports)//len(new), pool=len(pool) if pool else 0,
