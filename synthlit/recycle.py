@@ -131,7 +131,7 @@ class Recycled:
         by = np.argsort(c, kind='stable')
         rank = np.empty(len(c), int)
         rank[by] = np.arange(len(c)) - np.searchsorted(c[by], c[by])  # how many of its class come before it
-        place = np.flatnonzero(rank < (round(self.factor*self.per_class) if t else self.per_class))
+        place = np.flatnonzero(rank < (max(1, round(self.factor*self.per_class)) if t else self.per_class))
         return order[place], place
     def owners(self, t: int) -> np.ndarray:
         "Which member fills each slot in generation t."

@@ -92,13 +92,14 @@ class Searcher:
         if rule not in self.known: self.known[rule] = scores_for(rule, self.judge, self.train)
         return self.known[rule]
     def dials(self, s: dict) -> dict: return {**self.cfg.dials, **(dict(std=s['std']) if 'std' in self.generator(s['ckpt']).dials else {})}
-    def member(self, s: dict) -> Member:
-        "A setting's generator with its rule and dials."
+    def member(self, s: dict, i: int = 0) -> Member:
+        "A setting's generator with its rule and dials; with others beside it, `i` is its number, and its candidates are its own."
         c, g = self.cfg, self.generator(s['ckpt'])
-        return Member(g, keep_rule(s['rule'], s['tau']), self.scores(s['rule']), self.dials(s), c.seed, c.draws, c.short)
+        seed = int(rng(c.seed, 'search.member', i).integers(2**31)) if i else c.seed
+        return Member(g, keep_rule(s['rule'], s['tau']), self.scores(s['rule']), self.dials(s), seed, c.draws, c.short)
     def source(self, settings: list, steps: int) -> Recycled:
         "Settings as a source: as many images as the training can use, at most those of the real split."
-        members, wanted = [self.member(s) for s in settings], steps*self.recipe.batch
+        members, wanted = [self.member(s, i) for i, s in enumerate(settings)], steps*self.recipe.batch
         classes = len(members[0].g.trained)
         n = min(self.n, -(-wanted//classes))
         return Recycled(members, n, self.recipe.seed, self.cfg.period, epochs=-(-wanted//(n*classes)))

@@ -31,7 +31,7 @@ from .classifier import (
 from .generate import addresses, load_set
 from .dataset import rows_of
 from .utility import load_predictions, paired_bootstrap, predictions, save_predictions
-from .evaluate import interval, refuse_contamination
+from .evaluate import interval, refuse_contamination, seen_by
 from .fewclassify import Beside, head_of
 
 # %% ../nbs/08b2_transfer.ipynb #487ed0c8
@@ -557,9 +557,9 @@ def task_of(stage: Stage) -> tuple:  # (Task, folder of the target's parts, copi
     supplies, used = supplies_of(stage, train, shape), copy.copy(stage)
     used.inputs = dict(used=[s.folder for s in supplies.values() if s.folder])  # what else is in the run judges nobody
     refuse_contamination(used, dict(val=judge.digest, test=load_meta(folder/'test.safetensors')['digest']))
-    seen = any(val.digest in read_manifest(f)['saw'] for f in used.inputs['used'])
+    seen = any(val.digest in seen_by(f) for f in used.inputs['used'])
     at = lambda s: replace(s, images=brought(s.images, shape, cfg.fit))
-    saw = {n: read_manifest(s.folder)['saw'] if s.folder else train.saw for n, s in supplies.items()}
+    saw = {n: seen_by(s.folder) if s.folder else train.saw for n, s in supplies.items()}
     return Task(cfg, at(train), None if seen else at(val), at(target), at(judge), supplies, saw), folder, copies
 
 # %% ../nbs/08b2_transfer.ipynb #584f7ba7

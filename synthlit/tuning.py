@@ -10,9 +10,8 @@ __all__ = ['METHODS', 'TENTHS', 'TIP_ALPHAS', 'TIP_BETAS', 'TUNING_PRESETS', 'Tu
            'wise_curve', 'tip_logits', 'choose_tip', 'Exam', 'masked', 'numbers_in', 'further_test', 'supports_at',
            'check_source', 'Task', 'first_of', 'do_job', 'do_tip', 'of_kind', 'answer', 'gains', 'mean_of', 'summary',
            'print_table', 'lines_of', 'draw_shots', 'find_model', 'own_facts', 'texts_for', 'open_judge', 'floor_of',
-           'sets_of', 'check_guided', 'seen_by', 'refuse_seen', 'task_of', 'job_path', 'do_jobs', 'done_with',
-           'exams_of', 'row_of', 'save_history', 'Tuned', 'save_tuned', 'load_tuned', 'work_tuning', 'run_tuning',
-           'print_result']
+           'sets_of', 'check_guided', 'refuse_seen', 'task_of', 'job_path', 'do_jobs', 'done_with', 'exams_of',
+           'row_of', 'save_history', 'Tuned', 'save_tuned', 'load_tuned', 'work_tuning', 'run_tuning', 'print_result']
 
 # %% ../nbs/08b_tuning.ipynb #0a860be4
 import copy, json, math, re, shutil, sys
@@ -34,7 +33,7 @@ from .prompts import prompt_data
 from .generate import addresses, load_set
 from .imagetext import ImageText, random_image_text, vectors_of
 from .multigen import load_mixture
-from .evaluate import accepted_set, interval, refuse_contamination
+from .evaluate import accepted_set, interval, refuse_contamination, seen_by
 from .fewclassify import Still, endless
 
 # %% ../nbs/08b_tuning.ipynb #6e9620f8
@@ -701,11 +700,7 @@ def check_guided(cfg: TuningConfig, sets: list):
         if j.source in cfg.guided and (f := folder_of(cfg, *j[1:])) not in sets:
             raise SettingError(f'tuning.guided: {j.source} has no set {f!r}, for {j.shots} shots of seed {j.seed}; make it, or leave the seed out')
 
-def seen_by(folder: Path) -> list:
-    "Digests that a stage, and what it was made from in the same run, was trained on."
-    m = read_manifest(folder)
-    above = [folder.parent/n for ns in m['inputs'].values() for n in ns if (folder.parent/n/'manifest.json').exists()]
-    return list(dict.fromkeys([*m['saw'], *[d for f in above if f.name != folder.name for d in seen_by(f)]]))
+
 
 # %% ../nbs/08b_tuning.ipynb #09822abd
 def refuse_seen(stage: Stage, sealed: dict, saw: dict):

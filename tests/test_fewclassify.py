@@ -417,9 +417,13 @@ def test_nothing_that_saw_val_or_test_is_judged_by_them(run):
         save_json(run / "fewshot" / "manifest.json", {**m, "saw": [*m["saw"], digests[part]]})
         with pytest.raises(SettingError, match=f"trained on the {part} images"):
             refuse_seen(opened(run), digests)
-    pool = {**m["settings"], "pool": "published"}  # its unlabelled images are the novel part of val, by name
+    pool = {**m["settings"], "pool": "published", "alpha": 1.0}  # its unlabelled images are the novel part of val, by name
     save_json(run / "fewshot" / "manifest.json", {**m, "settings": pool, "saw": [*m["saw"], digests["val"]]})
     assert refuse_seen(opened(run), digests) == ["fewshot"]
+    idle = {**pool, "alpha": 0.0}  # with no weight nothing was looked at, so val has no business there
+    save_json(run / "fewshot" / "manifest.json", {**m, "settings": idle, "saw": [*m["saw"], digests["val"]]})
+    with pytest.raises(SettingError, match="trained on the val images"):
+        refuse_seen(opened(run), digests)
     save_json(run / "fewshot" / "manifest.json", {**m, "settings": pool, "saw": [*m["saw"], digests["test"]]})
     with pytest.raises(SettingError, match="trained on the test images"):
         refuse_seen(opened(run), digests)

@@ -36,10 +36,12 @@ from synthlit.fewshot import (
     adapt,
     check_source,
     check_tables,
+    keep_rows,
     names_of,
     unlabelled_images,
 )
-from synthlit.gan.models import DCGenerator
+from synthlit.gan.film import of_kind
+from synthlit.gan.models import DCGenerator, build_gan
 from synthlit.gan.train import GanConfig, Watcher, across, as_generator, gan_step, judge, new_batches, train_gan
 from synthlit.generator import load_generator
 from synthlit.pipeline import plan, preflight, read_params
@@ -145,6 +147,18 @@ def test_embed_leaves_base_images_as_they_were(run, parts, gan):
     assert torch.equal(before.sample(y, i, seed=3), after.sample(y, i, seed=3))
     s.E.load_state_dict(s.G.state_dict())
     assert torch.equal(before.sample(y, i, seed=3), as_generator(s, parts.val, list(range(10))).sample(y, i, seed=3))
+
+
+@pytest.mark.parametrize("network", ["biggan", "biggan_deep"])
+def test_a_spectral_norm_over_a_table_moves_no_other_rows(network):
+    """Its scale is of all rows, and so is the gradient through it."""
+    for kept in (False, True):
+        _, D = build_gan(network, (1, 32, 32), 10, 8, 8, 16)
+        table = of_kind(D, torch.nn.Embedding)[0]
+        if kept:
+            keep_rows([table], [7, 8, 9])
+        D(torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([7, 7, 8, 8])).square().sum().backward()
+        assert bool(table.grad[:7].any()) != kept and table.grad[7:9].any()
 
 
 def test_the_optimisers_begin_anew_with_their_own_settings(run, parts):

@@ -11,6 +11,7 @@ from synthlit.core import SettingError, load_json, load_table, open_stage, resol
 from synthlit.evaluate import drawing_flops
 from synthlit.generator import load_generator
 from synthlit.imagetext import ImageText, random_image_text
+from synthlit.multigen import drawn_alike
 from synthlit.pipeline import plan, preflight
 from synthlit.recycle import load_member
 from synthlit.splits import load_split
@@ -70,11 +71,18 @@ def test_ordinary_rules_take_another_judge(run):
     assert isinstance(member.scores.classifier, ImageText) and member.scores.classifier.facts["weights"] == r["judge"]["weights"]
     plain, p = filtered(run, "no_judge", rule="above", tau=[0.1])
     assert "judge" not in p and load_member(plain.dir, classifier, train).scores.classifier is classifier
-    per = lambda f, look: (load_generator(run / "diffusion").flops + look) * sum(s["candidates"] for s in load_json(f / "result.json")["stats"])
+    per = lambda f, look: (load_generator(run / "diffusion").flops + look) * sum(s["candidates"] for s in load_json(f / "result.json")["stats"]) / 60
     assert drawing_flops(stage.dir, classifier, "cpu") == per(stage.dir, r["look"])
     assert drawing_flops(plain.dir, classifier, "cpu") == per(plain.dir, classifier.flops * (1 + classifier.recipe.tta))
     moved = shutil.copytree(run, run.parent / "moved")
     assert load_member(moved / "tiny_judge", classifier, train).scores.classifier.facts["weights"] == r["judge"]["weights"]
+
+
+def test_sets_of_the_same_candidates_are_named():
+    """Two filters of one generator choose among the same images unless their seeds, or their dials, are their own."""
+    of = lambda seed=1, digest="a", **dials: (None, None, dict(digest=digest, seed=seed, dials=dials))
+    sets = dict(one=of(), two=of(), wide=of(std=1.3), other=of(2), elsewhere=of(digest="b"))
+    assert drawn_alike(sets) == [["one", "two"]]
 
 
 def test_an_image_is_looked_at_once(run, clip, monkeypatch):

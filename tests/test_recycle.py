@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from synthlit.classifier import CLASSIFIER_PRESETS, ClassifierConfig, Fixed, epoch_order, load_classifier, train_classifier
-from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, load_tensors, preset_of, resolve, small_stage
+from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, small_stage
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
 from synthlit.generator import Generator, fit_floor, load_generator
 from synthlit.pipeline import main
 from synthlit.recycle import ImageSet, Member, Recycled, load_member, share_out, stream_class
-from synthlit.search import SEARCH_PRESETS, SearchConfig, fast_search, kept_checkpoints, published_search
+from synthlit.search import SEARCH_PRESETS, SearchConfig, Searcher, fast_search, kept_checkpoints, published_search
 from synthlit.splits import SplitsConfig, cut_data, load_data, load_split
 
 RECIPE = resolve(ClassifierConfig, CLASSIFIER_PRESETS["tiny"], dict(batch=16, seed=3))
@@ -55,6 +55,14 @@ def test_a_killed_training_on_a_changing_set_goes_on_to_the_same_bits(floor, tmp
         with pytest.raises(KeyboardInterrupt):
             train_classifier(make(), RECIPE, classes, steps, checkpoints=kept, track=until, every=1)
         assert weights(train_classifier(make(), RECIPE, classes, steps, checkpoints=kept, every=1)) == good
+
+
+def test_a_small_factor_still_replaces_an_image(floor):
+    """A hundredth of forty images is less than half of one."""
+    source = Recycled([member(floor)], 40, RECIPE.seed, factor=0.01)
+    before = source.epoch(0)[0].clone()
+    changed = (source.epoch(1)[0] != before).flatten(1).any(1)
+    assert 0 < changed.sum() <= len(source.labels.unique())
 
 
 def test_the_first_generation_is_the_filtered_set(floor):
@@ -211,6 +219,10 @@ def test_all_fast_trials_go_on_from_one_start(tiny_copy):
     small_stage(tiny_copy, "search", "cold", inputs, per_class=20, draws=2, trials=2, halvings=0, start=0.0)
     cold = load_json(tiny_copy / "cold" / "result.json")
     assert not (tiny_copy / "cold" / "start.safetensors").exists() and cold["flops"] == result["flops"] - price
+    s = Searcher(open_stage("search", resolve(SearchConfig, dict(per_class=20)), tiny_copy, "other", inputs))
+    one = dict(ckpt="best", std=1.0, rule="confident", tau=0.0)
+    first, *more = [m.seed for m in s.source([one] * 6, 10).members]  # a mixture of settings is of as many candidates
+    assert first == s.cfg.seed and len({first, *more}) == 6
     a, b = [load_tensors(d / "trials" / f"{rows[0]['trial']}.safetensors")[0] for d in (folder, tiny_copy / "cold")]
     assert any(not torch.equal(a[k], b[k]) for k in a)
 

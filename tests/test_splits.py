@@ -180,13 +180,14 @@ def test_train_and_val_by_name(run):
     assert both.saw == (both.digest, train.digest, val.digest) and train.saw == (train.digest,) and val.only([1, 2]).saw[1] == val.digest
     with pytest.raises(SettingError, match="sealed"):
         load_split(run / "splits", "train+test")
-    for name, part in (("merged", both), ("some", both.only([0, 1])), ("clean", train), ("base", train.only([0, 1]))):
+    for name, part in (("merged", both), ("some", both.only([0, 1])), ("clean", train), ("base", train.only([0, 1])), ("filter", None)):
         (run / name).mkdir()
-        save_json(run / name / "manifest.json", dict(saw=list(part.saw)))
+        inputs = dict(generator={} if part else {"merged": "its digest"})  # a filter sees nothing itself, its generator did
+        save_json(run / name / "manifest.json", dict(saw=list(part.saw) if part else [], inputs=inputs))
     stage = lambda *names: SimpleNamespace(inputs=dict(generator=[run / n for n in names]))
     sealed = {k: d for k, d in load_json(run / "splits" / "result.json")["digests"].items() if k != "train"}
     refuse_contamination(stage("clean", "base"), sealed)
-    for name in ("merged", "some"):
+    for name in ("merged", "some", "filter"):
         with pytest.raises(SettingError, match=f"{name} was trained on the val images"):
             refuse_contamination(stage("clean", name), sealed)
     other = cut_data(load_data(SplitsConfig()), SplitsConfig(seed=1))["val"]
