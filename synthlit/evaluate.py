@@ -44,6 +44,7 @@ class EvaluateConfig:
     n_measure: Annotated[int, (10, None)] = 2000  # images per side for distances, precision, recall, density, coverage
     k: Annotated[int, (1, None)] = 5  # neighbours of precision, recall, density, coverage
     recycle: Annotated[int, (0, None)] = 0  # also train on sets that are drawn anew after so many epochs; 0 = on fixed sets only
+    fixed: bool = True  # False: filtered sets and mixtures only as they are drawn anew, at half the price; needs recycle
     factor: Annotated[float, (0.001, 1)] = 1.0  # share of such a set that is drawn anew
     one_per_epoch: bool = False  # such a mixture takes turns: each replacement comes from one generator alone
     published: bool = False  # also say what the published protocol would claim of real and mixtures: the best epoch by test instead of the last
@@ -59,6 +60,7 @@ class EvaluateConfig:
         if len(set(self.seeds)) < len(self.seeds): raise SettingError(f'evaluate.seeds = {self.seeds}: a seed said twice is no second measurement')
         if self.inception and not Path(self.inception).is_file(): raise SettingError(f'evaluate.inception = {self.inception!r}: no such file')
         if self.audit and not Path(self.audit).is_dir(): raise SettingError(f'evaluate.audit = {self.audit!r}: no such folder')
+        if not (self.fixed or self.recycle): raise SettingError('evaluate.fixed = false leaves nothing to evaluate: set evaluate.recycle, e.g. to 5')
         if self.references % 2: raise SettingError(f'evaluate.references = {self.references}: halves come in pairs, use {self.references + 1}')
         if self.curve == 1: raise SettingError('evaluate.curve = 1: a curve needs at least 2 sizes; use 5, or 0 for none')
         if self.curve and len(self.seeds) < 2: raise SettingError('evaluate.curve: its interval comes from at least 2 evaluate.seeds')
@@ -101,10 +103,10 @@ def sources_of(stage: Stage, train: Split) -> dict:
     n = per_class_of(None, train)
     out: dict = {'floor': Row('floor', lambda: floor_set(train, stage.cfg, n))}
     for kind, row, load in (('set', 'synthetic', lambda f: load_set(f)[:2]), ('accepted', 'filtered', lambda f: accepted_set(f, stage.device))):
-        folders = stage.inputs.get(kind, [])
+        folders = stage.inputs.get(kind, []) if stage.cfg.fixed or kind == 'set' else []
         of = [load_json(f/'result.json')['generator'] for f in folders]
         for f, g in zip(folders, of): out[f'{row} ({g if of.count(g) == 1 else named(folders)[f]})'] = Row(row, lambda f=f, load=load: load(f), f)
-    for f, name in named(stage.inputs.get('mixture', [])).items():
+    for f, name in named(stage.inputs.get('mixture', []) if stage.cfg.fixed else []).items():
         out['mixture' if len(stage.inputs['mixture']) == 1 else f'mixture ({name})'] = Row('mixture', lambda f=f: load_mixture(f, stage.device), f)
     return out
 
@@ -322,7 +324,7 @@ def train_rows(stage: Stage, kinds: dict, classifier, steps: int, val: Split) ->
 def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     "Rough work of the stage: images trained on and sampled, bytes written."
     few, extra = facts['generators']*min(cfg.row_seeds, len(cfg.seeds)), bool(cfg.recycle) + cfg.teacher + bool(cfg.real_share)
-    runs, changing = 3*len(cfg.seeds) - 1 + 2*few, extra*len(cfg.seeds) + bool(cfg.recycle)*few
+    runs, changing = (2 + cfg.fixed)*len(cfg.seeds) - 1 + (1 + cfg.fixed)*few, extra*len(cfg.seeds) + bool(cfg.recycle)*few
     runs += (cfg.curve + 6*cfg.transfer)*len(cfg.seeds) + cfg.references
     drawn = runs*facts['n_train'] + 2*changing*facts['recipe_images']/(cfg.recycle or 1)  # about half of the candidates pass
     return dict(classifier=(runs + changing)*facts['recipe_images'], sample=drawn, disk=(runs + changing)*1e6)

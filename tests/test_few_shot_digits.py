@@ -1,11 +1,12 @@
 """The few-shot chain on digits, whole: base classes first, then three novel ones from five supports each."""
 
 import time
+from dataclasses import replace
 
 from synthlit.core import load_json, load_table
 from synthlit.generator import load_generator
 from synthlit.pipeline import main, read_params, run_chain
-from synthlit.report import ReportConfig, RunView, fewshot_section
+from synthlit.report import ReportConfig, RunView, fewshot_section, fewshot_table
 from synthlit.splits import openings
 
 
@@ -37,5 +38,10 @@ def test_few_shot_digits(tmp_path):
     kinds = [f"{part}_{kind}" for part in ("train", "dev") for kind in ("class_interp", "crossover", "generated")]
     assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(["fewshot-alpha0.0-samples.png", *(f"fewshot-alpha0.0-{k}.png" for k in kinds)])
     # the report lays both GANs out by supports and by unlabelled images
-    page = str(fewshot_section(RunView(run, ReportConfig())))
+    view = RunView(run, ReportConfig())
+    page = str(fewshot_section(view))
     assert all(w in page for w in ("k = 5", "supervised", "semi-supervised, α = 1", "images without labels"))
+    few = [f for f in view.folders if f.stage == "fewshot"]
+    few.append(replace(few[0], result={**few[0].result, "k": 1}))  # as if adapted on one support; nobody did so with unlabelled images
+    page = str(fewshot_table(view, few))
+    assert "k = 1" in page and "k = 5" in page and page.count("–") == 1

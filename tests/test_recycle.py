@@ -10,6 +10,7 @@ import torch
 
 from synthlit.classifier import CLASSIFIER_PRESETS, ClassifierConfig, Fixed, epoch_order, load_classifier, train_classifier
 from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, small_stage
+from synthlit.evaluate import EvaluateConfig, recycled_rows, sources_of
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
 from synthlit.generator import Generator, fit_floor, load_generator
 from synthlit.pipeline import main
@@ -225,6 +226,20 @@ def test_all_fast_trials_go_on_from_one_start(tiny_copy):
     assert first == s.cfg.seed and len({first, *more}) == 6
     a, b = [load_tensors(d / "trials" / f"{rows[0]['trial']}.safetensors")[0] for d in (folder, tiny_copy / "cold")]
     assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_fixed_sets_can_be_left_out(tiny_copy):
+    """Half of an evaluation's price where only sets that change matter; sets as they were generated have no such form and stay."""
+    rows = {}
+    for fixed in (True, False):
+        s = open_stage("evaluate", resolve(EvaluateConfig, dict(fixed=fixed, recycle=5)), tiny_copy, f"fixed-{fixed}")
+        train, classifier = load_split(tiny_copy / "splits", "train"), load_classifier(tiny_copy / "classifier")
+        rows[fixed] = {k: r.kind for k, r in {**sources_of(s, train), **recycled_rows(s, train, classifier, 100)}.items()}
+    left_out = rows[True].keys() - rows[False].keys()
+    assert rows[False].items() < rows[True].items() and "mixture" in left_out and {rows[True][k] for k in left_out} == {"filtered", "mixture"}
+    assert {"floor", "synthetic", "filtered", "mixture"} == {*rows[False].values()}
+    with pytest.raises(SettingError, match="evaluate.recycle"):
+        resolve(EvaluateConfig, dict(fixed=False)).check({})
 
 
 def test_checkpoints_that_were_not_kept_are_named(tiny_run):
