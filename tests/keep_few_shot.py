@@ -65,7 +65,8 @@ def keep_pictures(run: Path, to: Path):
 def keep_bases(run: Path):
     """The histories and prices of base GANs."""
     cost = [load_json(f / "manifest.json")["cpu_seconds"] for f in stages(run, "gan")]
-    save_json(TO / "bases.json", [dict(name=f.name, cpu_seconds=s, history=history(f)) for f, s in zip(stages(run, "gan"), cost)])
+    gans = [dict(name=f.name, cpu_seconds=s, history=history(f)) for f, s in zip(stages(run, "gan"), cost)]
+    save_json(TO / "bases.json", dict(gans=gans, machine=load_json(run / "run.json")["machine"]))
 
 
 def keep(run: Path):
