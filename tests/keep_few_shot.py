@@ -78,6 +78,7 @@ def keep(run: Path):
     to.mkdir(parents=True, exist_ok=True)
     for f in ("result.json", "scores.parquet", "looks.parquet", "manifest.json"):
         shutil.copy(few / f, to / f)
+    shutil.copy(run / "lighter/scores.parquet", to / "lighter.parquet")
     gans = [gan_line(f) for stage in ("gan", "fewshot") for f in stages(run, stage)]
     done = [f for stage in ("splits", "classifier", "gan", "fewshot", "fewclassify") for f in stages(run, stage)]
     keep = ("stage", "seconds", "cpu_seconds")
