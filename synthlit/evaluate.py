@@ -132,7 +132,8 @@ def recycled_rows(stage: Stage, train: Split, classifier, steps: int) -> dict:
         of = [m() for m in members]
         return lambda seed: Recycled(of, n, seed, period, c.factor, shares, one, epochs, **more)
     filtered = stage.inputs.get('accepted', []) if c.recycle else []
-    out: dict = {f'filtered, recycled ({name})': Row('filtered', lambda f=f: make([lambda: member(f)], None), f, sets) for f, name in named(filtered).items()}
+    one = lambda f: Row('filtered', lambda: make([lambda: member(f)], None), f, sets)
+    out: dict = {f'filtered, recycled ({name})': one(f) for f, name in named(filtered).items()}
     for f, name in named(stage.inputs.get('mixture', [])).items():
         shares, tail = load_json(f/'result.json')['shares'], '' if len(stage.inputs['mixture']) == 1 else f' ({name})'
         of, w = [lambda k=k, f=f: member(f.parent/k) for k in shares], list(shares.values())

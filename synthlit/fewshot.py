@@ -164,7 +164,7 @@ def settings_of(folder, cfg: FewshotConfig) -> GanConfig:
     kept = said(augment=cfg.augment, augment_p=cfg.augment_p, optimizer=cfg.optimizer, beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps, ema=cfg.ema,
                 inception=cfg.inception, weight_decay_g=cfg.weight_decay, weight_decay_d=cfg.weight_decay)
     base = resolve(GanConfig, read_manifest(folder)['settings'], own, kept)
-    return replace(base, epochs=None, collapse=0., keep_every=0, random_labels=False)  # few supports vary little, which is no collapse; labels are novel ones
+    return replace(base, epochs=None, collapse=0., keep_every=0, random_labels=False)  # few supports vary little: no collapse
 
 def adapt(
     folder,  # of the pre-trained GAN's stage

@@ -446,7 +446,8 @@ def test_what_a_source_has_seen_is_on_the_card(run):
     m = load_json(run / "generate" / "manifest.json")
     save_json(run / "generate" / "manifest.json", {**m, "saw": ["abc"]})
     t = task_of(opened(run))[0]
-    assert t.saw["generate"] == ["abc"] and t.saw["floor"] == load_split(run / "splits", "train").saw
+    train = load_split(run / "splits", "train").saw
+    assert t.saw["generate"] == ["abc", *train] and t.saw["floor"] == train  # what its generator has seen, a set has seen
 
 
 def test_images_of_other_classes_or_another_size_are_refused(run, floor, digits, tmp_path):
