@@ -70,7 +70,7 @@ results-tiny: .venv/.installed ## the tiny twins of He et al. and of Real-Fake (
 	$(V)/synthlit run realfake_tiny_cpu
 	$(foreach p,$(TINY),$(call keep,$(p),tiny/$(p)) ;)
 
-results-few-shot: .venv/.installed ## five class splits of Omniglot, two at a time (two hours on two cores; goes on where it was) for nbs/results/few_shot.ipynb
+results-few-shot: .venv/.installed ## five class splits of Omniglot, two at a time (70 minutes on two cores; goes on where it was) for nbs/results/few_shot.ipynb
 	printf '%s\n' 0 1 2 3 4 | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '$(V)/synthlit run few_shot_omniglot_cpu -p splits.seed={} --out runs/few_shot_omniglot_cpu_{} && \
 	  $(V)/python tests/keep_few_shot.py runs/few_shot_omniglot_cpu_{}'
 	OMP_NUM_THREADS=1 $(V)/synthlit run few_shot_bases_cpu --jobs 2 && $(V)/python tests/keep_few_shot.py runs/few_shot_bases_cpu

@@ -700,8 +700,6 @@ def check_guided(cfg: TuningConfig, sets: list):
         if j.source in cfg.guided and (f := folder_of(cfg, *j[1:])) not in sets:
             raise SettingError(f'tuning.guided: {j.source} has no set {f!r}, for {j.shots} shots of seed {j.seed}; make it, or leave the seed out')
 
-
-
 # %% ../nbs/08b_tuning.ipynb #09822abd
 def refuse_seen(stage: Stage, sealed: dict, saw: dict):
     "Neither the model nor a set may have seen val or test. `sealed`: part -> digest; `saw`: what it is -> digests."
