@@ -26,6 +26,7 @@ from .classifier import Fixed, load_classifier, planned_steps, train_classifier
 from .generate import addresses, load_set, per_class_of
 from .filter import images_at, load_accepted
 from .recycle import ImageSet, Member, Recycled, load_member
+from .search import trial_accuracies
 from .multigen import load_mixture
 from .gan.train import stage_splits
 from .utility import (
@@ -186,7 +187,7 @@ def optimism(folder, test: Split, machine: dict) -> dict:
     full = next(r['steps'] for r in rows if r['trial'] == result['chosen'])
     # what could not be chosen on val is no choice on test either
     rows = [r for r in rows if r.get('generators', least) >= least and r['steps'] == full]
-    accs = {r['trial']: load_classifier(Path(folder)/'trials'/f'{r["trial"]}.safetensors', machine).accuracy(test) for r in rows}
+    accs = trial_accuracies(folder, rows, test, machine)
     honest = accs[result['chosen']]
     return dict(stage=Path(folder).name, trials=len(rows), honest=honest, published=max(accs.values()), optimism=max(accs.values()) - honest)
 

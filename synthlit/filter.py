@@ -225,20 +225,23 @@ class Trials:
         self.stage, self.val, self.path, self.times = stage, val, stage.dir/'ledger.parquet', stage.dir/'times.json'
         self.rows = load_table(self.path).to_pylist() if self.path.exists() else []
         self.price = load_json(self.times) if self.times.exists() else {}
-    def run(self, name: str, make, recipe, steps: int, begin=None, **facts) -> float:
-        "Val accuracy of `recipe` after `steps` steps on the source that `make()` gives, from the network that `begin()` gives. None is repeated."
+    def run(self, name: str, make, recipe, steps: int, **facts) -> float:
+        "Val accuracy of `recipe` after `steps` steps on the source that `make()` gives. None is repeated."
         done = next((r for r in self.rows if r['trial'] == name), None)
         if done: return done['val_accuracy']
         start, source, steps, kept = time.time(), make(), max(1, steps), Checkpoints(self.stage.dir/'checkpoints'/name)
-        c = train_classifier(source, recipe, self.val.classes, steps, machine=self.stage.machine, checkpoints=kept, net=begin() if begin else None,
+        c = train_classifier(source, recipe, self.val.classes, steps, machine=self.stage.machine, checkpoints=kept,
                              track=lambda it, total, start, desc: self.stage.track(it, total, start, name))
         c.save(self.stage.dir/'trials'/f'{name}.safetensors')
         flops = 3*c.flops*steps*min(recipe.batch, len(source))
-        self.rows.append(dict(trial=name, val_accuracy=c.accuracy(self.val), steps=steps, flops=flops, **facts))
-        self.price[name] = dict(seconds=time.time() - start, drawn=getattr(source, 'drawn', 0))
-        save_json(self.times, self.price), save_table(self.path, self.rows)
+        self.note({name: dict(seconds=time.time() - start, drawn=getattr(source, 'drawn', 0))},
+                  [dict(trial=name, val_accuracy=c.accuracy(self.val), steps=steps, flops=flops, **facts)])
         shutil.rmtree(kept.folder, ignore_errors=True)  # done: the classifier is kept, what it would have gone on from is not
         return self.rows[-1]['val_accuracy']
+    def note(self, price: dict, rows: list):
+        "Finished trials, and what they took: name -> seconds and candidates drawn."
+        self.rows, self.price = [*self.rows, *rows], {**self.price, **price}
+        save_json(self.times, self.price), save_table(self.path, self.rows)
     @property
     def best(self) -> dict: return max(self.rows, key=lambda r: r['val_accuracy'])
 

@@ -566,8 +566,8 @@ def filter_part(f: Folder, v: RunView, pictures: bool) -> list:
             el('div', filter_figs(f, v), class_='figs') if pictures else None,
             el('details', el('summary', 'Share of candidates accepted, per class'), bars(rates, end=1.),
                open='' if len(rates) <= 20 and pictures else None),
-            table(['tried', 'steps', 'val accuracy of a short training'],
-                  [[chosen_words({**r, **t}), t['steps'], f'{percent(t["val_accuracy"], 2)} %'] for t in ledger], chosen)]
+            table(['tried', 'steps', 'val accuracy of a trial'],
+                  [[chosen_words({**r, **t}), t['steps'] or 'a ridge', f'{percent(t["val_accuracy"], 2)} %'] for t in ledger], chosen)]
 
 def filter_section(v: RunView):
     "Every filter stage; the first few with pictures."
@@ -746,7 +746,7 @@ def optimism_part(e: Folder) -> list:
     if not e.result.get('optimism'): return [missing('a search, so no selection optimism'), epochs_part(e)]
     rows = [[o['stage'], o['trials'], f'{percent(o["honest"], 2)} %', f'{percent(o["published"], 2)} %', f'{percent(o["optimism"], 2)} points']
             for o in e.result['optimism']]
-    return [el('p', 'Selection optimism. Thresholds and mixtures were chosen on val. Of the same short trial trainings, '
+    return [el('p', 'Selection optimism. Thresholds and mixtures were chosen on val. Of the same trials, '
                     'the best by test scores this much higher on test than the best by val: '
                     'what choosing on test, as published systems did, would have claimed. It cannot be negative.'),
             table(['search', 'trials', 'best by val', 'best by test', 'optimism'], rows), epochs_part(e)]

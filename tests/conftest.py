@@ -31,7 +31,7 @@ TINY_CHAIN = {  # every kind of stage, two generators for the mixture; about a m
         "mine": {"stage": "imported"},
         "generate": {"uses": "gan-seed0", "per_class": 20, "folder": 2},
         "filter": {"uses": "gan", "per_class": 20, "draws": 2},
-        "search": {"uses": "gan-seed0", "per_class": 20, "draws": 2, "trials": 2, "halvings": 0},
+        "search": {"uses": "gan-seed0", "per_class": 20, "draws": 2, "places": 2},
         "multigen": {"uses": ["gan", "diffusion"], "per_class": 20},
         "evaluate": {"uses": ["generate", "gan", "mine"], "seeds": [0], "n_measure": 100, "recycle": 1},
         "fewclassify": {"steps": 20, "seeds": [0]},

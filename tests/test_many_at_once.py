@@ -37,7 +37,7 @@ def test_two_at_a_time_give_the_same_bits(tiny_run, tmp_path, capsys):
 def test_a_failure_lets_the_others_end_and_is_told(tiny_run, tmp_path):
     """A search for a checkpoint that nobody kept fails while the other GAN is still trained."""
     stages = {k: tiny_run.params["stages"][k] for k in ("splits", "classifier", "gan")}
-    bad = {"stage": "search", "uses": "gan-seed0", "ckpts": ["777"], "per_class": 20, "trials": 1}
+    bad = {"stage": "search", "uses": "gan-seed0", "ckpts": ["777"], "per_class": 20, "places": 1}
     with pytest.raises(StageFailed, match="kept no generator '777'"):
         run_chain(read_params({**tiny_run.params, "name": "bad", "stages": {**stages, "search": bad}}), tmp_path / "run", jobs=2)
     assert {"splits", "classifier", "gan-seed0", "gan-seed1"} == {p.parent.name for p in (tmp_path / "run").glob("*/manifest.json")}

@@ -95,7 +95,7 @@ def equal(a: list, b: list) -> bool:
 # ---- 1: choosing on test
 
 
-CHOOSING = {"filter": dict(per_class=10, draws=2, tau=[0.0, 0.5], proxy=0.1), "search": dict(per_class=10, draws=2, trials=2, halvings=0, share=0.1)}
+CHOOSING = {"filter": dict(per_class=10, draws=2, tau=[0.0, 0.5], proxy=0.1), "search": dict(per_class=10, draws=2, places=2)}
 
 
 @pytest.mark.parametrize("stage", ["classifier", "gan", "filter", "search"])

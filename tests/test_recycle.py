@@ -1,6 +1,5 @@
 """Sets that change while they are used, and searches: what a killed one goes on with is what an unbroken one has; nothing is tried twice."""
 
-import shutil
 import threading
 import time
 
@@ -8,14 +7,40 @@ import numpy as np
 import pytest
 import torch
 
-from synthlit.classifier import CLASSIFIER_PRESETS, ClassifierConfig, Fixed, epoch_order, load_classifier, train_classifier
-from synthlit.core import Checkpoints, SettingError, digest, load_json, load_table, load_tensors, open_stage, preset_of, resolve, small_stage
+from synthlit.classifier import CLASSIFIER_PRESETS, CPU, Classifier, ClassifierConfig, Fixed, epoch_order, load_classifier, train_classifier
+from synthlit.core import (
+    Checkpoints,
+    SettingError,
+    digest,
+    load_json,
+    load_table,
+    load_tensors,
+    open_stage,
+    preset_of,
+    resolve,
+    save_table,
+    small_stage,
+)
 from synthlit.evaluate import EvaluateConfig, recycled_rows, sources_of
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
 from synthlit.generator import Generator, fit_floor, load_generator
+from synthlit.networks import build_net
 from synthlit.pipeline import main
 from synthlit.recycle import ImageSet, Member, Recycled, load_member, share_out, stream_class
-from synthlit.search import SEARCH_PRESETS, SearchConfig, Searcher, fast_search, kept_checkpoints, published_search
+from synthlit.search import (
+    SEARCH_PRESETS,
+    Middle,
+    Ridges,
+    SearchConfig,
+    Searcher,
+    kept_checkpoints,
+    looks,
+    middle_of,
+    published_search,
+    ridge,
+    ridge_accuracy,
+    trial_accuracies,
+)
 from synthlit.splits import SplitsConfig, cut_data, load_data, load_split
 
 RECIPE = resolve(ClassifierConfig, CLASSIFIER_PRESETS["tiny"], dict(batch=16, seed=3))
@@ -155,77 +180,96 @@ class Ledger:
         self.cfg, self.ckpts, self.asked = cfg, dict.fromkeys(ckpts, ""), []
         self.generator = lambda ckpt: type("G", (), dict(dials=dict(std=1.0)))
 
-    def worth(self, s, share):
-        self.asked.append((*s.values(), round(share, 4)))
-        return 0.5 * (s["ckpt"] == "100") - abs(s["std"] - 1.3) - abs(s["tau"] - 0.4) + 0.01 * share
+    def worth(self, s):
+        self.asked.append((*s.values(),))
+        return 0.5 * (s["ckpt"] == "100") - abs(s["std"] - 1.3) - abs(s["tau"] - 0.4)
 
 
 def test_the_published_search_walks_the_published_grids():
     cfg = resolve(SearchConfig, preset_of(SEARCH_PRESETS, "gafi"))
     best = published_search(s := Ledger(cfg, [str(e) for e in range(150, 501, 10)][:-1] + ["100"]))
-    assert len(s.asked) == 36 + 21 + 10 and {a[-1] for a in s.asked} == {1.0}
+    assert len(s.asked) == 36 + 21 + 10 and cfg.share == 1.0
     assert best == dict(ckpt="100", std=1.3, rule="confident", tau=0.4)
-    assert all(a[1:] == (1.0, "confident", 0.0, 1.0) for a in s.asked[:36])  # checkpoints at std 1, threshold 0
+    assert all(a[1:] == (1.0, "confident", 0.0) for a in s.asked[:36])  # checkpoints at std 1, threshold 0
     alone = published_search(s := Ledger(resolve(SearchConfig, SEARCH_PRESETS["gafi"], dict(only=["tau"]))))
     assert len(s.asked) == 10 and alone["ckpt"] == "best" and alone["tau"] == 0.4  # a step on its own
 
 
-def test_the_fast_search_asks_less_and_the_same_each_time():
-    grids = dict(stds=[1.0, 1.15, 1.3, 1.5], taus=[0.0, 0.2, 0.4, 0.6])
-    cfg = resolve(SearchConfig, dict(**grids, trials=20, start=0.0, share=0.25, halvings=2))
-    a, b = Ledger(cfg), Ledger(cfg)
-    assert fast_search(a) == fast_search(b) and a.asked == b.asked
-    assert a.asked[0] == (a.asked[0][0], 1.3, "confident", 0.4, round(0.25 / 9, 4))  # the middle first, and shortly
-    assert a.asked[0][0] == list(a.ckpts)[-1]
-    looks = [sum(x[-1] == round(s, 4) for x in a.asked) for s in (0.25 / 9, 0.25 / 3, 0.25)]
-    assert looks[0] == 20 and looks[0] > looks[1] >= looks[2] > 0
-    best = fast_search(Ledger(cfg))
-    assert best["ckpt"] == "100" and abs(best["std"] - 1.3) + abs(best["tau"] - 0.4) < 0.41
+def test_the_fast_search_looks_at_few_places_and_the_same_each_time():
+    """All places where there are no more than may be looked at; else the last checkpoint with the middle spread, then where the Gaussian process says."""
+    grids = dict(ckpt=[str(i) for i in range(12)], std=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0])
+
+    def searched(most, seed=1):
+        asked: list = []
+
+        def look(place):
+            asked.append((place["ckpt"], place["std"]))
+            loss = lambda t: 1 - 0.01 * int(place["ckpt"]) + (place["std"] - 1.25 - 0.2 * t) ** 2 + 0.1 * abs(t - 0.4)
+            return [dict(place, tau=t, val_loss=loss(t)) for t in (0.0, 0.4)]
+
+        return asked, min(looks(grids, most, seed, look), key=lambda r: r["val_loss"])
+
+    every, best = searched(96)
+    assert len({*every}) == len(every) == 96
+    asked, found = searched(16)
+    assert asked == searched(16)[0] != searched(16, 2)[0] and asked[0] == ("11", 1.4) and len(asked) == 16
+    assert found["ckpt"] == "11" and found["tau"] == 0.4 and found["val_loss"] - best["val_loss"] < 0.005
 
 
 def test_a_search_that_was_killed_repeats_no_trial(tiny_copy):
-    """The folder of a finished search with its last trial and all that followed taken away: the same ledger, the same choice."""
+    """The folder of a finished search with its last place and all that followed taken away: the same ledger, the same choice."""
     folder = tiny_copy / "search"
     ledger, result, before = load_table(folder / "ledger.parquet").to_pylist(), load_json(folder / "result.json"), load_json(folder / "manifest.json")
     first = {p.name: p.stat().st_mtime_ns for p in (folder / "trials").glob("*")}
-    from synthlit.core import save_table
-
-    save_table(folder / "ledger.parquet", ledger[:-1])
-    for gone in ("manifest.json", "result.json", "accepted.parquet"):
+    last = [r for r in ledger if (r["ckpt"], r["std"]) == (ledger[-1]["ckpt"], ledger[-1]["std"])]
+    assert 0 < len(last) < len(ledger)
+    save_table(folder / "ledger.parquet", ledger[: -len(last)])
+    for gone in ("manifest.json", "result.json", "accepted.parquet", *[f"trials/{r['trial']}.safetensors" for r in last]):
         (folder / gone).unlink()
-    (folder / "trials" / f"{ledger[-1]['trial']}.safetensors").unlink()
-    shutil.rmtree(folder / "checkpoints" / ledger[-1]["trial"], ignore_errors=True)
     assert main(["run", str(tiny_copy / "params.yaml"), "--out", str(tiny_copy), "--only", "search"]) == 0
     assert load_table(folder / "ledger.parquet").to_pylist() == ledger and load_json(folder / "result.json") == result
     assert load_json(folder / "manifest.json")["digest"] == before["digest"]
-    assert {p.name for p in (folder / "trials").glob("*") if first[p.name] == p.stat().st_mtime_ns} == set(first) - {
-        f"{ledger[-1]['trial']}.safetensors"
-    }
+    again = {p.name for p in (folder / "trials").glob("*") if first[p.name] != p.stat().st_mtime_ns}
+    assert again == {f"{r['trial']}.safetensors" for r in last}
 
 
-def test_all_fast_trials_go_on_from_one_start(tiny_copy):
-    """It is trained once, kept, paid for, no trial of its own; without it trials end elsewhere; killed after it, the search goes on from it."""
-    folder, names = tiny_copy / "search", ("ledger.parquet", "result.json", "manifest.json", "accepted.parquet")
-    rows, result = load_table(folder / "ledger.parquet").to_pylist(), load_json(folder / "result.json")
-    price = load_json(folder / "times.json")["start"]["flops"]
-    assert price > 0 and result["flops"] == sum(r["flops"] for r in rows) + price and "start" not in {r["trial"] for r in rows}
-    made = (folder / "start.safetensors").stat().st_mtime_ns
-    for gone in names:
-        (folder / gone).unlink()
-    shutil.rmtree(folder / "trials")
-    assert main(["run", str(tiny_copy / "params.yaml"), "--out", str(tiny_copy), "--only", "search"]) == 0
-    assert (folder / "start.safetensors").stat().st_mtime_ns == made
-    assert load_json(folder / "result.json") == result and load_table(folder / "ledger.parquet").to_pylist() == rows
+def test_one_place_serves_all_rules_and_thresholds(tiny_copy):
+    """What a ridge learned from is what the stage would accept with the setting; its pool is drawn once; what it says of val is in the ledger."""
     inputs = dict(generator="gan-seed0", classifier="classifier")
-    small_stage(tiny_copy, "search", "cold", inputs, per_class=20, draws=2, trials=2, halvings=0, start=0.0)
-    cold = load_json(tiny_copy / "cold" / "result.json")
-    assert not (tiny_copy / "cold" / "start.safetensors").exists() and cold["flops"] == result["flops"] - price
-    s = Searcher(open_stage("search", resolve(SearchConfig, dict(per_class=20)), tiny_copy, "other", inputs))
-    one = dict(ckpt="best", std=1.0, rule="confident", tau=0.0)
-    first, *more = [m.seed for m in s.source([one] * 6, 10).members]  # a mixture of settings is of as many candidates
-    assert first == s.cfg.seed and len({first, *more}) == 6
-    a, b = [load_tensors(d / "trials" / f"{rows[0]['trial']}.safetensors")[0] for d in (folder, tiny_copy / "cold")]
-    assert any(not torch.equal(a[k], b[k]) for k in a)
+    cfg = resolve(SearchConfig, dict(per_class=20, draws=2, stds=[1.4], rules=["confident", "best_share"], taus=[0.0, 0.6]))
+    s = Searcher(stage := open_stage("search", cfg, tiny_copy, "other", inputs))
+    ridges, place = Ridges(s), dict(ckpt="best", std=1.4)
+    rows = ridges.at(place)
+    assert [(r["rule"], r["tau"]) for r in rows] == [("confident", 0.0), ("confident", 0.6), ("best_share", 0.0), ("best_share", 0.6)]
+    price = load_json(stage.dir / "times.json")
+    assert [*price] == [rows[0]["trial"]] and 200 <= price[rows[0]["trial"]]["drawn"] <= 10 * 128
+    assert Ridges(Searcher(stage)).at(place) == rows and load_table(stage.dir / "ledger.parquet").to_pylist() == rows  # from the ledger
+    assert trial_accuracies(stage.dir, rows, s.val, stage.machine) == {r["trial"]: r["val_accuracy"] for r in rows}
+    for r in rows:
+        accepted, _ = accept(Pool(s.generator("best"), s.scores(r["rule"]), cfg.seed, dict(std=1.4)), keep_rule(r["rule"], r["tau"]), 20, 2)
+        x, y = images_at(s.generator("best"), accepted, cfg.seed, dict(std=1.4))
+        again = ridge(ridges.middle(x).half(), y, 10)
+        np.testing.assert_allclose(load_tensors(stage.dir / "trials" / f"{r['trial']}.safetensors")[0]["weight"], again["weight"], atol=1e-4)
+        assert ridge_accuracy(again, ridges.seen, s.val.labels) == pytest.approx(r["val_accuracy"], abs=0.01)
+
+
+def test_the_middle_layer_of_any_network():
+    """The last map but one, at most 3x3 and at most 4096 wide; the last vector where a body makes fewer than two maps."""
+    x = torch.zeros(1, 3, 32, 32)
+    for name, width, shape in (("small", 8, (16, 8, 8)), ("fast", 8, (32, 4, 4)), ("resnet20", 8, (32, 8, 8)), ("resnet18", 8, (64, 4, 4))):
+        seen: list = []
+        net = build_net(name, 3, 4, width).eval()
+        middle_of(net, x).register_forward_hook(lambda m, a, out, seen=seen: seen.append(tuple(out.shape[1:])))
+        net(x)
+        assert seen == [shape], name
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    assert middle_of(flat, torch.zeros(1, 3, 4, 4)) is None
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    wide = Classifier(build_net("resnet18", 3, 4, 128), list("abcd"), (3, 32, 32), ClassifierConfig(), CPU)
+    assert Middle(wide)(images).shape == (6, 1024 * 4)
+    narrow = Classifier(build_net("fast", 3, 4, 8), list("abcd"), (3, 32, 32), ClassifierConfig(), CPU)
+    assert Middle(narrow)(images).shape == (6, 32 * 9)
+    assert torch.equal(Middle(narrow)(images)[:2], Middle(narrow)(images[:2]))
 
 
 def test_fixed_sets_can_be_left_out(tiny_copy):

@@ -540,7 +540,7 @@ def test_a_search_takes_a_set_made_elsewhere(tmp_path, floor):
     write_folder(tmp_path / "made", floor.sample(y, i), y, i, TEN)
     for stage, kw in dict(splits={}, classifier=dict(epochs=2), imported=dict(path=str(tmp_path / "made"))).items():
         small_stage(tmp_path / "run", stage, **kw)
-    small_stage(tmp_path / "run", "search", trials=2, halvings=0, per_class=20)
+    small_stage(tmp_path / "run", "search", places=2, per_class=20)
     assert len(rows_of(tmp_path / "run" / "search")[0]) == 200
 
 
