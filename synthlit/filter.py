@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Rule', 'FILTER_PRESETS', 'RULES', 'WINDOW', 'FilterConfig', 'Scores', 'confident', 'above', 'best_share', 'agreed',
            'doubtful', 'near_real', 'keep_rule', 'Pool', 'fill_up', 'accept_class', 'accept', 'images_at', 'Trials',
-           'proxy_steps', 'work_filter', 'scores_for', 'told', 'judged_by', 'judge_of', 'load_judge', 'take',
-           'pool_for', 'run_filter', 'save_rejected', 'load_accepted']
+           'proxy_steps', 'work_filter', 'scores_for', 'ensemble_of', 'told', 'judged_by', 'judge_of', 'load_judge',
+           'take', 'pool_for', 'run_filter', 'save_rejected', 'load_accepted']
 
 # %% ../nbs/06_filter.ipynb #9799ba4f
 import math, re, shutil, time
@@ -19,20 +19,22 @@ from .core import (
     save_table, save_tensors, show_grid)
 from .metrics import as_features, blocks, distances, knn_radius
 from .generator import Generator, load_generator
-from .classifier import Fixed, planned_steps, train_classifier
+from .classifier import Fixed, load_classifier, planned_steps, train_classifier
 from .generate import dials_of, per_class_of
 from .imagetext import ImageText, accept_published, class_texts, texts_for
 from .gan.train import stage_splits
 from .gan.watch import evenly
 
 # %% ../nbs/06_filter.ipynb #e20c8c44
-Rule = Literal['confident', 'above', 'best_share', 'doubtful', 'near_real']  # the rows of RULES that the run's own classifier can score
+Rule = Literal['confident', 'above', 'best_share', 'doubtful', 'near_real']  # the rows of RULES that the run's own classifier alone can score
 
 @dataclass
 class FilterConfig:
     "Settings of the filter."
-    rule: Literal['confident', 'above', 'best_share', 'doubtful', 'near_real', 'published'] = 'confident'  # a row of RULES: what to keep
+    rule: Literal['confident', 'above', 'best_share', 'agreed', 'doubtful', 'near_real', 'published'] = 'confident'  # a row of RULES: what to keep
     tau: list[Annotated[float, (0, 0.999)]] | None = field(default_factory=lambda: [0., .5, .9])  # its number: each is tried; None = 1/classes
+    most: Annotated[float, (0, 1)] = 1.  # doubtful: largest entropy that is kept, as a share of the largest there is
+    ensemble: list[str] = field(default_factory=list)  # agreed: folders of finished classifier stages, of this run or of others
     judge: str = ''  # an image-text model whose probabilities count (hub id or folder; tiny = that of the stage tiny); empty = the real classifier
     revision: str = ''  # of the hub's judge: branch, tag or commit
     templates: list[str] = field(default_factory=lambda: ['a photo of {a}.'])  # its texts: {class} or {a}; or a published row: plain, eurosat, ...
@@ -49,12 +51,15 @@ class FilterConfig:
         self.names = {str(k): str(v) for k, v in self.names.items()}
         if self.judge and (re.match(r'[/~.]', self.judge) or '/' in self.judge and Path(self.judge).is_dir()):
             self.judge = str(Path(self.judge).expanduser().absolute())
+        self.ensemble = [str(Path(p).expanduser().absolute()) for p in self.ensemble]
     def check(self, facts: dict):
         "Refuse what can be seen to be wrong before anything is drawn."
         n = self.per_class or facts['n_train']//facts['classes']
         if self.rule == 'published' and n > self.candidates:
             raise SettingError(f'filter.per_class = {n}: the published rule looks at filter.candidates = {self.candidates} images of a class; '
                                'take at most so many, or more candidates')
+        if (self.rule == 'agreed') != bool(self.ensemble):
+            raise SettingError(f'filter.rule = {self.rule!r}, filter.ensemble = {self.ensemble}: agreed needs classifiers that agree, no other rule asks them')
         if self.judge.startswith('/') and not Path(self.judge).is_dir(): raise SettingError(f'filter.judge = {self.judge!r}: no such folder')
         if self.judge == 'tiny' and not facts.get('pipeline', True):
             raise SettingError("filter.judge = 'tiny': this chain has no stage tiny before the filter; add one, or name a model")
@@ -127,10 +132,11 @@ def near_real(images, labels, scores: dict, tau: float) -> torch.Tensor:
 RULES: dict = dict(confident=confident, above=above, best_share=best_share, agreed=agreed, doubtful=doubtful, near_real=near_real,
                    published=above)  # its threshold; which of those above it are taken is said by `accept_published`
 
-def keep_rule(name: str, tau: float):
-    "A rule of RULES with its number: (images, labels, scores) -> mask."
+def keep_rule(name: str, tau: float, most: float = 1.):
+    "A rule of RULES with its number (and doubtful's upper one): (images, labels, scores) -> mask."
     if name not in RULES: raise SettingError(f'rule = {name!r}: {nearest(name, RULES)}')
-    return lambda images, labels, scores: RULES[name](images, labels, scores, tau)
+    more = dict(most=most) if name == 'doubtful' else {}
+    return lambda images, labels, scores: RULES[name](images, labels, scores, tau, **more)
 
 # %% ../nbs/06_filter.ipynb #282cccb1
 WINDOW = 128  # candidates of a class that a rule sees together: part of what `best_share` means
@@ -257,9 +263,16 @@ def work_filter(cfg: FilterConfig, facts: dict) -> dict:
     looked = cfg.candidates*facts['classes'] if cfg.rule == 'published' else 2*n
     return dict(sample=looked + 2*n*tried, classifier=tried*cfg.proxy*facts['recipe_images'], disk=n*20 + 2e6)
 
-def scores_for(rule: str, classifier, train) -> Scores:
+def scores_for(rule: str, classifier, train, ensemble=()) -> Scores:
     "What a rule of RULES needs to know of candidates; `near_real` compares with at most 5000 training images. `classifier`: any judge."
-    return Scores(classifier, real=classifier.features(train.images[evenly(train.labels, 5000, 0)]) if rule == 'near_real' else None)
+    return Scores(classifier, ensemble, classifier.features(train.images[evenly(train.labels, 5000, 0)]) if rule == 'near_real' else None)
+
+def ensemble_of(folders: list, classes: list, machine: dict) -> list:
+    "The classifiers of these folders; `SettingError` for one of other classes."
+    found = [load_classifier(p, machine) for p in folders]
+    for p, c in zip(folders, found):
+        if c.classes != list(classes): raise SettingError(f'filter.ensemble: {p} knows other classes ({", ".join(c.classes[:5])} ...) than the generator')
+    return found
 
 def told(g: Generator, folder: Path, stats: list, dials: dict, per_class: int, cfg) -> dict:
     "What the result of a filter or a search says of the accepted set, besides what was chosen."
@@ -292,7 +305,7 @@ def load_judge(folder, classifier, classes: list, device='cpu'):
 def take(pool: Pool, cfg: FilterConfig, tau: float, n: int) -> tuple:
     "(rows, stats) of a rule with its number."
     if cfg.rule == 'published': return accept_published(pool, cfg.candidates, n, tau, cfg.seed)
-    return accept(pool, keep_rule(cfg.rule, tau), n, cfg.draws, cfg.short)
+    return accept(pool, keep_rule(cfg.rule, tau, cfg.most), n, cfg.draws, cfg.short)
 
 def pool_for(stage: Stage, g: Generator, scores) -> Pool:
     "The candidates of a stage; scores of a slow generator are kept until it is done."
@@ -305,7 +318,7 @@ def run_filter(stage: Stage) -> dict:
     g = load_generator(stage.input('generator'), stage.device)
     dials, n = dials_of(cfg), per_class_of(cfg.per_class, train)
     judge, of = judge_of(stage, classifier, g.classes)
-    pool, sets = pool_for(stage, g, scores_for(cfg.rule, judge, train)), {}
+    pool, sets = pool_for(stage, g, scores_for(cfg.rule, judge, train, ensemble_of(cfg.ensemble, g.classes, stage.machine))), {}
     trials, steps = Trials(stage, val), proxy_steps(cfg.proxy, classifier, train)
     for tau in [1/len(g.classes)] if cfg.tau is None else cfg.tau:
         sets[f'tau-{tau:g}'] = rows, stats = take(pool, cfg, tau, n)
@@ -313,9 +326,9 @@ def run_filter(stage: Stage) -> dict:
                    acceptance=float(np.mean([s['acceptance'] for s in stats])), fallback=sum(s['fallback'] for s in stats))
     rows, stats = sets[trials.best['trial']]
     save_table(stage.dir/'accepted.parquet', rows)
-    save_rejected(stage, pool, keep_rule(cfg.rule, trials.best['tau']))
+    save_rejected(stage, pool, keep_rule(cfg.rule, trials.best['tau'], cfg.most))
     shutil.rmtree(stage.dir/'checkpoints'/'scores', ignore_errors=True)
-    result = dict(chosen=trials.best['trial'], rule=cfg.rule, tau=trials.best['tau'], val_accuracy=trials.best['val_accuracy'], **of,
+    result = dict(chosen=trials.best['trial'], rule=cfg.rule, tau=trials.best['tau'], most=cfg.most, ensemble=cfg.ensemble, val_accuracy=trials.best['val_accuracy'], **of,
                   **told(g, stage.input('generator'), stats, dials, n, cfg), **(dict(candidates=cfg.candidates) if cfg.rule == 'published' else {}))
     stage.finish(result)
     return result

@@ -13,9 +13,9 @@ from typing import Callable, NamedTuple
 import numpy as np, torch
 from .core import SettingError
 from .generator import Generator
-from .classifier import epoch_order
+from .classifier import CPU, epoch_order
 from .imported import ImageSet
-from .filter import WINDOW, fill_up, keep_rule, load_accepted, load_judge, scores_for
+from .filter import WINDOW, ensemble_of, fill_up, keep_rule, load_accepted, load_judge, scores_for
 
 # %% ../nbs/06b_recycle.ipynb #f4741733
 class Member(NamedTuple):
@@ -38,8 +38,9 @@ class Member(NamedTuple):
 def load_member(folder, classifier, train, device='cpu') -> Member:
     "The generator of a filter or search stage's folder with the settings chosen there; its candidates begin where those of the folder do."
     g, _, r = load_accepted(folder, device)
-    scores = scores_for(r['rule'], load_judge(folder, classifier, g.classes, device), train)
-    return Member(g, keep_rule(r['rule'], r['tau']), scores, r['dials'], r['seed'], r['draws'], r['short'])
+    asked = ensemble_of(r.get('ensemble', []), g.classes, getattr(classifier, 'machine', CPU))
+    scores = scores_for(r['rule'], load_judge(folder, classifier, g.classes, device), train, asked)
+    return Member(g, keep_rule(r['rule'], r['tau'], r.get('most', 1.)), scores, r['dials'], r['seed'], r['draws'], r['short'])
 
 # %% ../nbs/06b_recycle.ipynb #47c0bad9
 def stream_class(m: Member, c: int, start: int, n: int, tally: dict):

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['steps_of', 'GAFI', 'SEARCH_PRESETS', 'WIDEST', 'PENALTY', 'SearchConfig', 'kept_checkpoints', 'Searcher', 'name_of',
-           'published_search', 'middle_of', 'Middle', 'ridge', 'ridge_accuracy', 'ridge_loss', 'Ridges', 'study_of',
-           'looks', 'fast_search', 'trial_accuracies', 'work_search', 'run_search']
+           'published_search', 'parts_of', 'middle_of', 'Middle', 'ridge', 'ridge_accuracy', 'ridge_loss', 'Ridges',
+           'study_of', 'proposed', 'fast_search', 'trial_accuracies', 'work_search', 'run_search']
 
 # %% ../nbs/06c_search.ipynb #64b99ffd
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
-import time, warnings
+import shutil, time, warnings
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from .core import (
@@ -19,7 +19,7 @@ from .core import (
 from .generator import load_generator
 from .classifier import Classifier, load_classifier, planned_steps, to_device
 from .generate import per_class_of
-from .filter import Pool, Rule, Trials, accept, images_at, keep_rule, load_accepted, save_rejected, scores_for, told
+from .filter import WINDOW, Pool, Rule, Trials, accept, images_at, keep_rule, load_accepted, save_rejected, scores_for, told
 from .recycle import Member, Recycled
 from .gan.train import stage_splits
 
@@ -35,8 +35,8 @@ class SearchConfig:
     rules: list[Rule] = field(default_factory=lambda: ['confident'])  # keep-rules, see RULES; `published` uses the first
     taus: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0., .3, .6, .9])  # thresholds
     only: list[Literal['ckpt', 'std', 'tau']] = field(default_factory=lambda: ['ckpt', 'std', 'tau'])  # published: steps to take, in order
-    places: Annotated[int, (1, None)] = 12  # fast: checkpoints with a spread that are looked at, each with all rules and thresholds
-    look: Annotated[int, (10, None)] = 5000  # fast: images that a ridge learns from, at most
+    places: Annotated[int, (1, None)] = 12  # fast: how many pairs of checkpoint and spread are tried, each with all rules and thresholds
+    images: Annotated[int, (10, None)] = 5000  # fast: that a ridge learns from, at most
     network: str = ''  # published: of the trials' classifiers; empty = the real classifier's
     width: Annotated[int | None, (1, None)] = None  # of that network
     share: Annotated[float, (0.0001, 1)] = 1.  # published: steps of a trial, as a share of the recipe's
@@ -44,13 +44,19 @@ class SearchConfig:
     per_class: Annotated[int | None, (1, None)] = None  # images per class; None = as many as the real training split has on average
     dials: dict = field(default_factory=dict)  # others of the generator's dials, the same in all trials, e.g. {standing: 16}
     draws: Annotated[int, (1, 1000)] = 6  # about so many candidates per wanted image, at most
-    short: Literal['likeliest', 'any', 'stop'] = 'likeliest'  # a class with too few: fill with the likeliest of the rejected, with any, or stop
-    seed: Annotated[int, (0, None)] = 1  # of candidates, and of the order in which `fast` looks
+    short: Literal['likeliest', 'any'] = 'likeliest'  # a class with too few: fill with the likeliest of the rejected, or with any
+    seed: Annotated[int, (0, None)] = 1  # of candidates, and of the order in which `fast` tries places
     def check(self, facts: dict):
         "Refuse grids that say a value twice."
         for k in ('ckpts', 'stds', 'rules', 'taus', 'only'):
             if len(set(v := getattr(self, k))) < len(v): raise SettingError(f'search.{k} = {v}: a value is said twice')
         if 'std' in self.dials: raise SettingError(f'search.dials = {self.dials}: std is what search.stds are for')
+        made = facts.get('gan')  # its checkpoints can be counted before it is trained
+        if hasattr(made, 'total') and made.keep_every:
+            last, every = made.total(facts['n_train']), made.keep_every
+            if missing := [k for k in self.ckpts if k.isdigit() and (int(k) % every or not 0 < int(k) <= last)]:
+                raise SettingError(f'search.ckpts: {", ".join(missing[:5])}{" ..." if len(missing) > 5 else ""} will not be kept: the GAN takes {last} steps '
+                                   f'and keeps every {every} (gan.keep_every)')
 
 GAFI = dict(method='published', stds=steps_of(1, 2, .05), taus=steps_of(0, .9, .1))
 SEARCH_PRESETS = dict(
@@ -66,7 +72,10 @@ def kept_checkpoints(folder, asked: list) -> dict:
     folder = Path(folder)
     found = {'best': '', **({'last': 'last'} if (folder/'last'/'generator.safetensors').exists() else {}),
              **{str(int(p.name)): f'steps/{p.name}' for p in sorted((folder/'steps').glob('[0-9]*')) if (p/'generator.safetensors').exists()}}
-    if asked == ['all']: return {k: v for k, v in found.items() if k != 'last'}
+    if asked == ['all']:  # in order of their steps; the best is not asked twice
+        at = str(load_json(folder/'result.json').get('best_step', '')) if (folder/'result.json').exists() else ''
+        steps = {k: v for k, v in found.items() if k not in ('best', 'last')}
+        return steps if at in steps else dict(sorted([*steps.items(), ('best', '')], key=lambda p: int((at or 10**12) if p[0] == 'best' else p[0])))
     for a in asked:
         if a not in found:
             raise SettingError(f'search.ckpts = {asked}: {folder.name} kept no generator {a!r}, only {", ".join(found)} (gan.keep_every keeps more)')
@@ -82,6 +91,9 @@ class Searcher:
         self.full, self.n = planned_steps(r, len(self.train)), per_class_of(self.cfg.per_class, self.train)
         self.trials = Trials(stage, self.val)
         self.generators: dict = {}
+        g = self.generator(list(self.ckpts)[-1])
+        if few := [g.classes[k] for k in g.trained if (most := g.limit(k)) is not None and most < self.n]:
+            raise SettingError(f'search.per_class = {self.n}: {self.folder.name} has fewer images of {", ".join(few)}; ask for fewer')
         self.known: dict = {}  # rule -> what it looks at
     def generator(self, ckpt: str):
         "The generator of a checkpoint."
@@ -92,7 +104,9 @@ class Searcher:
         "What a rule looks at, made once."
         if rule not in self.known: self.known[rule] = scores_for(rule, self.judge, self.train)
         return self.known[rule]
-    def dials(self, s: dict) -> dict: return {**self.cfg.dials, **(dict(std=s['std']) if 'std' in self.generator(s['ckpt']).dials else {})}
+    def dials(self, s: dict) -> dict:
+        "The generator's dials with a setting's std, where it has one."
+        return {**self.cfg.dials, **(dict(std=s['std']) if 'std' in self.generator(s['ckpt']).dials else {})}
     def source(self, s: dict, steps: int) -> Recycled:
         "A setting as a source: as many images as the training can use, at most those of the real split."
         c, g, wanted = self.cfg, self.generator(s['ckpt']), steps*self.recipe.batch
@@ -118,52 +132,60 @@ def published_search(s: Searcher) -> dict:
     return best
 
 # %% ../nbs/06c_search.ipynb #53d546b4
-def middle_of(net: nn.Module, x: torch.Tensor) -> nn.Module | None:
-    "The part of a network's body that makes its last map but one; None where it makes fewer than two. `x`: any image, as the network takes it."
-    made, body = [], getattr(net, 'body', getattr(net, 'net', net))
+def parts_of(m: nn.Module, root: bool = True) -> list:
+    "What a network is made of, in order: modules with convolutions or products; a chain of several of them is opened."
+    heavy = [c for c in m.children() if any(p.dim() > 1 for p in c.parameters())]
+    if root and len(heavy) == 1: return parts_of(heavy[0])
+    return [p for c in heavy for p in parts_of(c, False)] if heavy and (root or isinstance(m, nn.Sequential) and len(heavy) > 1) else [m]
+
+def middle_of(net: nn.Module, x: torch.Tensor) -> tuple | None:
+    "(part, number of its call) that makes the last map but one (N×C×H×W); None where fewer than two are made. `x`: any image, as the network takes it."
+    made, (h, w) = [], x.shape[2:]
     def note(m, args, out):
-        if torch.is_tensor(out) and out.dim() == 4 and out[0, 0].numel() > 1: made.append(m)
-    hooks = [m.register_forward_hook(note) for m in body.children()]
+        if torch.is_tensor(out) and out.dim() == 4 and out[0, 0].numel() > 1 and abs(out.shape[2]*w - out.shape[3]*h) <= max(h, w): made.append(m)
+    hooks = [m.register_forward_hook(note) for m in dict.fromkeys(parts_of(getattr(net, 'body', getattr(net, 'net', net))))]
     try:
         with torch.no_grad(): net(x)
     finally:
-        for h in hooks: h.remove()
-    return made[-2] if len(made) > 1 else None
+        for hook in hooks: hook.remove()
+    return (made[-2], made[:-2].count(made[-2])) if len(made) > 1 else None
 
-WIDEST = 4096  # features: what a ridge is fitted on in a few seconds
+WIDEST = 4096  # features of a map, at most
 
 class Middle:
-    "uint8 images -> N×d features of a classifier's middle layer; of its last vector where it has none."
-    def __init__(self, c: Classifier): self.c, self.at = c, middle_of(c.net, to_device(torch.zeros(1, *c.shape, dtype=torch.uint8), c.machine))
+    "uint8 images -> N×d features of a classifier's middle layer; of its last vector, with a warning, where it has none."
+    def __init__(self, c: Classifier):
+        self.c, self.at = c, middle_of(c.net, to_device(torch.zeros(1, *c.shape, dtype=torch.uint8), c.machine))
+        if self.at is None: warnings.warn(f'{c.recipe.network} makes no maps: ridges see its last vector, and little of the spread', stacklevel=2)
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         "On the CPU as float32."
-        return self.c.features(images) if self.at is None else self.c.apply(self.look, images)
-    def look(self, x: torch.Tensor) -> torch.Tensor:
-        "What the layer makes of float images, averaged to 3×3 places, or fewer where there are fewer or that is too wide."
-        seen: list = []
-        hook = self.at.register_forward_hook(lambda m, args, out: seen.append(out))
+        return self.c.features(images) if self.at is None else self.c.apply(self.pooled, images)
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        "N×C×H×W float images -> N×d: the map, averaged to 3×3 places, or fewer where there are fewer or that is too wide."
+        seen, (part, call) = [], self.at
+        hook = part.register_forward_hook(lambda m, args, out: seen.append(out))
         try: self.c.net(x)
         finally: hook.remove()
-        side = max(1, min(3, *seen[0].shape[2:], int((WIDEST/seen[0].shape[1])**.5)))
-        return F.adaptive_avg_pool2d(seen[0], side).flatten(1)
+        side = max(1, min(3, *seen[call].shape[2:], int((WIDEST/seen[call].shape[1])**.5)))
+        return F.adaptive_avg_pool2d(seen[call], side).flatten(1)
 
 # %% ../nbs/06c_search.ipynb #03da78b0
 PENALTY = .1  # of the ridge, for each image: features have unit variance
 
 def ridge(x: torch.Tensor, y: torch.Tensor, classes: int) -> dict:
-    "weight (d×classes) and bias (classes) of the ridge regression of labels `y` on features `x` (N×d)."
-    x, t = x.double(), F.one_hot(y, classes).double()
-    mean, scale = x.mean(0), x.std(0) + 1e-3
-    z = (x - mean)/scale
-    w = torch.linalg.solve(z.T@z + PENALTY*len(z)*torch.eye(z.shape[1], dtype=z.dtype), z.T@(t - t.mean(0)))/scale[:, None]
-    return dict(weight=w.float(), bias=(t.mean(0) - mean@w).float())
+    "weight (d×classes) and bias (classes) of the ridge regression of N int64 labels on features `x` (N×d); by the smaller of the two systems."
+    x, t, more = x.double(), F.one_hot(y, classes).double(), lambda m: m + PENALTY*len(x)*torch.eye(len(m), dtype=m.dtype)
+    mean, scale = x.mean(0), x.std(0, correction=0) + 1e-3
+    z, t = (x - mean)/scale, t - (shares := t.mean(0))
+    w = (torch.linalg.solve(more(z.T@z), z.T@t) if z.shape[1] <= len(z) else z.T@torch.linalg.solve(more(z@z.T), t))/scale[:, None]
+    return dict(weight=w.float(), bias=(shares - mean@w).float())
 
 def ridge_accuracy(r: dict, x: torch.Tensor, y: torch.Tensor) -> float:
-    "Share of images whose likeliest class by a ridge is their label."
+    "Share of images (features N×d, N labels) whose likeliest class by a ridge is their label."
     return ((x@r['weight'] + r['bias']).argmax(1) == y).double().mean().item()
 
 def ridge_loss(r: dict, x: torch.Tensor, y: torch.Tensor) -> float:
-    "Cross-entropy (nats) of the softmax of a ridge's outputs, at the temperature that suits them best (Guo et al. 2017, arXiv 1706.04599)."
+    "Cross-entropy (nats) of the softmax of a ridge's outputs, at the best of 28 temperatures from 1 to 1/108 (Guo et al. 2017, arXiv 1706.04599)."
     out = (x@r['weight'] + r['bias']).double()
     return min(F.cross_entropy(out*2**k, y).item() for k in np.arange(0, 7, .25))
 
@@ -171,26 +193,29 @@ def ridge_loss(r: dict, x: torch.Tensor, y: torch.Tensor) -> float:
 class Ridges:
     "Asks what settings are worth of ridges on the real classifier's middle layer."
     def __init__(self, s: Searcher):
-        self.s, self.cfg, self.middle, self.trials = s, s.cfg, Middle(s.judge), s.trials
-        self.seen, self.classes = self.middle(s.val.images), len(s.val.classes)
+        self.s, self.cfg, self.middle, self.trials, self.known = s, s.cfg, Middle(s.judge), s.trials, s.val.only(s.generator(list(s.ckpts)[-1]).trained)
+        self.features = self.middle(self.known.images)  # of val images of the classes that can be drawn
     def pool(self, place: dict) -> Pool:
         "Candidates at a place; half-precision features beside the scores of all rules."
-        scores = self.s.scores('near_real' if 'near_real' in self.cfg.rules else self.cfg.rules[0])
-        both = lambda images, labels: {**scores(images, labels), 'middle': self.middle(images).half()}
-        return Pool(self.s.generator(place['ckpt']), both, self.cfg.seed, self.s.dials(place))
+        scores, g = self.s.scores('near_real' if 'near_real' in self.cfg.rules else self.cfg.rules[0]), self.s.generator(place['ckpt'])
+        both = lambda images, labels: {**scores(images, labels), 'middle': self.middle(images).clamp(-65504, 65504).half()}
+        more = dict(chunk=WINDOW, kept=self.s.stage.dir/'checkpoints'/f'{place["ckpt"]}-std{place["std"]:g}') if g.slow else {}
+        return Pool(g, both, self.cfg.seed, self.s.dials(place), **more)
     def fit(self, pool: Pool, s: dict, name: str) -> dict:
-        "Fit and keep a setting's ridge; its line of the ledger. As many images as `look` allows."
+        "Fit and keep a setting's ridge on as many accepted images as `images` allows; its line of the ledger (flops: of the ridge)."
         c, g = self.cfg, pool.g
-        rows, _ = accept(pool, keep_rule(s['rule'], s['tau']), min(self.s.n, -(-c.look//len(g.trained))), c.draws, c.short)
+        rows, stats = accept(pool, keep_rule(s['rule'], s['tau']), min(self.s.n, -(-c.images//len(g.trained))), c.draws, c.short)
         x = torch.cat([pool.columns[k]['middle'][rows['index'][rows['label'] == k]] for k in g.trained])
-        r = ridge(x, torch.from_numpy(np.asarray(rows['label'], dtype=np.int64)), self.classes)
+        r = ridge(x, torch.from_numpy(np.asarray(rows['label'], dtype=np.int64)), len(g.classes))
         save_tensors(self.s.stage.dir/'trials'/f'{name}.safetensors', r)
-        (n, d), val = x.shape, (self.seen, self.s.val.labels)
+        (n, d), val = x.shape, (self.features, self.known.labels)
         return dict(trial=name, val_accuracy=ridge_accuracy(r, *val), val_loss=ridge_loss(r, *val), steps=0,
-                    flops=float(2*n*d*(d + self.classes) + d**3), **s)
+                    flops=float(2*n*min(n, d)*(max(n, d) + len(g.classes)) + min(n, d)**3), acceptance=float(np.mean([q['acceptance'] for q in stats])),
+                    fallback=sum(q['fallback'] for q in stats), **s)
     def at(self, place: dict) -> list:
         "The ledger's lines of a place, one a rule and threshold; they are written together."
-        settings = {f'{name_of(s)}-ridge': s for s in [dict(**place, rule=r, tau=t) for r in self.cfg.rules for t in self.cfg.taus]}
+        asked = [dict(**place, rule=r, tau=t) for r in self.cfg.rules for t in self.cfg.taus if (r, t) != ('best_share', 0)]  # which takes nothing
+        settings = {f'{name_of(s)}-ridge': s for s in asked}
         done = [r for r in self.trials.rows if r['trial'] in settings]
         if len(done) == len(settings): return done
         start, pool = time.time(), self.pool(place)
@@ -198,6 +223,7 @@ class Ridges:
         drawn = sum(pool.seen(c) for c in pool.g.trained)
         for r in rows: r['flops'] += self.s.judge.flops*drawn/len(rows)  # the way through the network that made the features
         self.trials.note({next(iter(settings)): dict(seconds=time.time() - start, drawn=drawn)}, rows)
+        if pool.place: shutil.rmtree(pool.place, ignore_errors=True)
         return rows
 
 # %% ../nbs/06c_search.ipynb #4e41d4f6
@@ -211,23 +237,26 @@ def study_of(seed: int, first: dict):
     study.enqueue_trial(first)
     return study
 
-def looks(grids: dict, most: int, seed: int, look) -> list:
-    "What `look` finds (a list of lines with a val_loss) at up to `most` places of the grids: at all, or where Optuna says."
+def proposed(grids: dict, most: int, seed: int, look):
+    "Up to `most` places of the grids one after the other: all, or where Optuna says after it has heard the smallest loss that `look` found at the last."
     places = [dict(ckpt=a, std=b) for a in grids['ckpt'] for b in grids['std']]
-    if len(places) <= most: return [r for p in places for r in look(p)]
-    study, found = study_of(seed, dict(ckpt=len(grids['ckpt']) - 1, std=len(grids['std'])//2)), []
-    for _ in range(most):
+    if len(places) <= most: yield from places; return
+    study, met = study_of(seed, dict(ckpt=len(grids['ckpt']) - 1, std=len(grids['std'])//2)), set()
+    for _ in range(4*most):  # a place may be proposed again, which is no new one
         t = study.ask()
-        found += (rows := look({k: v[t.suggest_int(k, 0, len(v) - 1)] for k, v in grids.items()}))
-        study.tell(t, min(r['val_loss'] for r in rows))
-    return found
+        place = {k: v[t.suggest_int(k, 0, len(v) - 1)] for k, v in grids.items()}
+        if tuple(place.values()) not in met: yield place
+        met.add(tuple(place.values()))
+        study.tell(t, min(r['val_loss'] for r in look(place)))
+        if len(met) == most: return
 
 def fast_search(s: Searcher) -> dict:
     "All grids together, each setting by a ridge; returns the setting."
     c, ridges = s.cfg, Ridges(s)
-    grids = dict(ckpt=list(s.ckpts), std=c.stds if 'std' in s.generator(list(s.ckpts)[-1]).dials else [1.])
-    bar = iter(s.stage.track(range(most := min(c.places, len(grids['ckpt'])*len(grids['std']))), most, desc='places'))
-    best = min(looks(grids, most, c.seed, lambda place: (next(bar, 0), ridges.at(place))[1]), key=lambda r: r['val_loss'])
+    grids = dict(ckpt=list(s.ckpts), std=sorted(c.stds) if 'std' in s.generator(list(s.ckpts)[-1]).dials else [1.])
+    many = min(c.places, len(grids['ckpt'])*len(grids['std']))
+    found = [r for place in s.stage.track(proposed(grids, many, c.seed, ridges.at), many, desc='places') for r in ridges.at(place)]
+    best = min(found, key=lambda r: r['val_loss'])
     return {k: best[k] for k in ('ckpt', 'std', 'rule', 'tau')}
 
 def trial_accuracies(folder, rows: list, split, machine: dict) -> dict:
@@ -243,7 +272,8 @@ def trial_accuracies(folder, rows: list, split, machine: dict) -> dict:
 def work_search(cfg: SearchConfig, facts: dict) -> dict:
     "Rough work of the stage: images sampled, scored and trained on."
     n = (cfg.per_class or facts['n_train']//facts['classes'])*facts['classes']
-    if cfg.method == 'fast': return dict(sample=3*min(n, cfg.look)*cfg.places + 2*n, classifier=0, disk=n*20 + 4e4*cfg.places*len(cfg.rules)*len(cfg.taus))
+    if cfg.method == 'fast': return dict(sample=5*max(128*facts['classes'], min(n, cfg.images))*cfg.places + 2*n, classifier=0,
+                                           disk=n*20 + 2e5*cfg.places*len(cfg.rules)*len(cfg.taus))
     many = sum(len(getattr(cfg, k)) for k in ('ckpts', 'stds', 'taus'))
     return dict(sample=2*n*(many + 1), classifier=facts['recipe_images']*cfg.share*many, disk=n*20 + 2e6*many)
 
@@ -256,7 +286,7 @@ def run_search(stage: Stage) -> dict:
     rows, stats = accept(pool, rule, s.n, s.cfg.draws, s.cfg.short)
     save_table(stage.dir/'accepted.parquet', rows), save_rejected(stage, pool, rule)
     trial = next(r for r in s.trials.rows if all(r[k] == v for k, v in chosen.items()))
-    result = dict(**chosen, chosen=trial['trial'], val_accuracy=trial['val_accuracy'], method=s.cfg.method, trials=len(s.trials.rows),
+    result = dict(**chosen, chosen=trial['trial'], **{k: trial[k] for k in ('val_accuracy', 'val_loss') if k in trial}, method=s.cfg.method, trials=len(s.trials.rows),
                   checkpoint=s.ckpts[chosen['ckpt']], flops=sum(r['flops'] for r in s.trials.rows),
                   **told(g, s.folder, stats, s.dials(chosen), s.n, s.cfg))
     stage.finish(result)

@@ -34,8 +34,8 @@ from synthlit.search import (
     SearchConfig,
     Searcher,
     kept_checkpoints,
-    looks,
     middle_of,
+    proposed,
     published_search,
     ridge,
     ridge_accuracy,
@@ -199,20 +199,19 @@ def test_the_fast_search_looks_at_few_places_and_the_same_each_time():
     """All places where there are no more than may be looked at; else the last checkpoint with the middle spread, then where the Gaussian process says."""
     grids = dict(ckpt=[str(i) for i in range(12)], std=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0])
 
-    def searched(most, seed=1):
-        asked: list = []
+    loss = lambda p, t: 1 - 0.01 * int(p["ckpt"]) + (p["std"] - 1.25 - 0.2 * t) ** 2 + 0.1 * abs(t - 0.4)
+    look = lambda p: [dict(p, tau=t, val_loss=loss(p, t)) for t in (0.0, 0.4)]
 
-        def look(place):
-            asked.append((place["ckpt"], place["std"]))
-            loss = lambda t: 1 - 0.01 * int(place["ckpt"]) + (place["std"] - 1.25 - 0.2 * t) ** 2 + 0.1 * abs(t - 0.4)
-            return [dict(place, tau=t, val_loss=loss(t)) for t in (0.0, 0.4)]
-
-        return asked, min(looks(grids, most, seed, look), key=lambda r: r["val_loss"])
+    def searched(most, seed=1, grids=grids):
+        asked = [*proposed(grids, most, seed, look)]
+        return [(p["ckpt"], p["std"]) for p in asked], min((r for p in asked for r in look(p)), key=lambda r: r["val_loss"])
 
     every, best = searched(96)
     assert len({*every}) == len(every) == 96
     asked, found = searched(16)
-    assert asked == searched(16)[0] != searched(16, 2)[0] and asked[0] == ("11", 1.4) and len(asked) == 16
+    assert asked == searched(16)[0] != searched(16, 2)[0] and asked[0] == ("11", 1.4) and 10 <= len({*asked}) == len(asked) <= 16
+    few = dict(ckpt=["1", "2", "3"], std=[1.0, 1.2, 1.4])
+    assert len({*searched(8, grids=few)[0]}) == len(searched(8, grids=few)[0]) >= 4  # a place that is proposed again is no new one
     assert found["ckpt"] == "11" and found["tau"] == 0.4 and found["val_loss"] - best["val_loss"] < 0.005
 
 
@@ -259,7 +258,7 @@ def test_the_middle_layer_of_any_network():
     for name, width, shape in (("small", 8, (16, 8, 8)), ("fast", 8, (32, 4, 4)), ("resnet20", 8, (32, 8, 8)), ("resnet18", 8, (64, 4, 4))):
         seen: list = []
         net = build_net(name, 3, 4, width).eval()
-        middle_of(net, x).register_forward_hook(lambda m, a, out, seen=seen: seen.append(tuple(out.shape[1:])))
+        middle_of(net, x)[0].register_forward_hook(lambda m, a, out, seen=seen: seen.append(tuple(out.shape[1:])))
         net(x)
         assert seen == [shape], name
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))

@@ -570,8 +570,13 @@ def work_gan(cfg: GanConfig, facts: dict) -> dict:
 # %% ../../nbs/03b_gan_training.ipynb #9420a33e
 def stage_splits(stage: Stage) -> tuple:
     "(train, val, real classifier) of a stage's inputs."
-    folder = stage.input('splits')
-    return load_split(folder, 'train'), load_split(folder, 'val'), load_classifier(stage.input('classifier'), stage.machine)
+    folder, c = stage.input('splits'), load_classifier(stage.input('classifier'), stage.machine)
+    train, val = load_split(folder, 'train'), load_split(folder, 'val')
+    if c.classes != train.classes or c.shape != tuple(train.images.shape[1:]):
+        say = lambda classes, shape: f'{len(classes)} classes ({", ".join(map(str, classes[:5]))}, ...) of images {"x".join(map(str, shape))}'
+        raise SettingError(f'{stage.stage}: the classifier in {stage.input("classifier")} knows {say(c.classes, c.shape)}, '
+                           f'{folder.name} has {say(train.classes, train.images.shape[1:])}: name one of this data in `uses` or `inputs`')
+    return train, val, c
 
 def run_gan(stage: Stage) -> dict:
     "The stage: train on all classes or the base classes, keep the best by val and the last."
