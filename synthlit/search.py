@@ -126,7 +126,7 @@ def name_of(s: dict) -> str:
 def published_search(s: Searcher) -> dict:
     "Greedy: each grid in turn, keeping what was best so far; returns the setting."
     c = s.cfg
-    best = dict(ckpt=next(iter(s.ckpts)), std=1., rule=c.rules[0], tau=0.)
+    best = dict(ckpt=next(iter(s.ckpts)), std=1. if 'std' in c.only else c.stds[0], rule=c.rules[0], tau=0. if 'tau' in c.only else c.taus[0])
     grids = dict(ckpt=list(s.ckpts), std=c.stds if 'std' in s.generator(best['ckpt']).dials else [1.], tau=c.taus)
     for key in c.only: best = max([{**best, key: v} for v in grids[key]], key=s.worth)
     return best

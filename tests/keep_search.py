@@ -18,8 +18,9 @@ def searched(folder: Path) -> dict:
     """What a search chose and what it cost."""
     result, manifest = load_json(folder / "result.json"), load_json(folder / "manifest.json")
     chosen = {k: result[k] for k in ("ckpt", "std", "rule", "tau", "val_accuracy", "trials", "flops", "acceptance", "per_class")}
+    drawn = sum(p["drawn"] for p in load_json(folder / "times.json").values() if isinstance(p, dict))
     tried = [[r.get(k) for k in TRIED] for r in load_table(folder / "ledger.parquet").to_pylist()] if (folder / "ledger.parquet").exists() else []
-    return dict(chosen, seconds=manifest["seconds"], cpu_seconds=manifest["cpu_seconds"], tried=tried)
+    return dict(chosen, seconds=manifest["seconds"], cpu_seconds=manifest["cpu_seconds"], drawn=drawn, tried=tried)
 
 
 def read(run: Path) -> dict:
@@ -31,8 +32,8 @@ def read(run: Path) -> dict:
     whole, splits = load_json(run / "evaluate/result.json"), load_json(run / "evaluate/manifest.json")["cuts"]
     generators: dict = {}
     for f in sorted(run.glob("*-seed*/result.json")):
-        method, seed = f.parent.name.split("-seed")
-        if method in METHODS:
+        method, _, seed = f.parent.name.partition("-seed")
+        if method in METHODS and seed.isdigit():  # not one that was moved aside
             line = generators.setdefault(int(seed), dict(generator=int(seed)))
             line[method] = dict(searched(f.parent), recycled=test(f"filtered, recycled ({f.parent.name})"))
     of = dict(data=next(iter(splits)), real=test("real"), floor=test("floor"), n_test=whole["n_test"], test_digest=whole["test_digest"])

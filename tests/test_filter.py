@@ -4,14 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from synthlit import filter as F
-from synthlit.classifier import load_classifier
-from synthlit.core import SettingError, load_json, load_table, open_stage, resolve, small_stage
+from synthlit.classifier import ClassifierConfig, Fixed, load_classifier, train_classifier
+from synthlit.core import SettingError, load_json, load_table, load_tensors, open_stage, resolve, save_tensors, small_stage
 from synthlit.evaluate import drawing_flops
+from synthlit.gan.train import GanConfig, stage_splits
 from synthlit.generator import load_generator
 from synthlit.imagetext import ImageText, random_image_text
-from synthlit.multigen import drawn_alike
+from synthlit.multigen import Mixer, MultigenConfig, drawn_alike
 from synthlit.pipeline import plan, preflight
 from synthlit.recycle import load_member
 from synthlit.splits import load_split
@@ -167,3 +169,56 @@ def test_texts_of_published_rows():
 def test_the_preset_is_the_published_one():
     c = resolve(F.FilterConfig, F.FILTER_PRESETS["published"])
     assert (c.rule, c.tau, c.per_class, c.candidates, c.templates) == ("published", None, 800, 2000, ["a photo of {a}."])
+
+
+def test_an_ensemble_that_agrees(run, tmp_path):
+    """Two more classifiers: what they do not both see is not kept, a set that is drawn anew asks them too, and one of other classes is refused."""
+    classifier, train = load_classifier(run / "classifier"), load_split(run / "splits", "train")
+    second = train_classifier(Fixed(train.images, train.labels), resolve(ClassifierConfig, dict(width=4)), train.classes, 60)
+    second.save(tmp_path / "second" / "classifier.safetensors")
+    both = [str(run / "classifier"), str(tmp_path / "second")]
+    stage, r = filtered(run, "agreed", rule="agreed", tau=[0.6], ensemble=both)
+    g, rows = load_generator(run / "diffusion"), load_table(stage.dir / "accepted.parquet").to_pydict()
+    x, y = F.images_at(g, rows, stage.cfg.seed, {})
+    agree = torch.stack([load_classifier(p).probs(x).argmax(1) == y for p in both]).all(0)
+    assert torch.equal(agree, torch.tensor(rows["passed"])) and r["ensemble"] == both
+    again = load_member(stage.dir, classifier, train).scores(x, y)["agree"]
+    assert torch.equal(again > 0.6, agree)
+    five = train.only(range(5))
+    other = train_classifier(Fixed(five.images, five.labels), resolve(ClassifierConfig, dict(width=4)), list("abcde"), 1)
+    other.save(tmp_path / "classifier.safetensors")
+    with pytest.raises(SettingError, match="knows other classes"):
+        filtered(run, "strange", rule="agreed", tau=[0.6], ensemble=[str(tmp_path)])
+
+
+def test_the_upper_end_of_the_entropy_window_is_kept(run):
+    """In the stage, in what it says of itself, and where the set is drawn anew."""
+    stage, r = filtered(run, "window", rule="doubtful", tau=[0.0], most=0.9, draws=20)
+    classifier, train = load_classifier(run / "classifier"), load_split(run / "splits", "train")
+    m = load_member(stage.dir, classifier, train)
+    x = m.draw(3, torch.arange(128))
+    s = m.scores(x, y := torch.full((128,), 3))
+    assert r["most"] == 0.9 and torch.equal(m.rule(x, y, s), s["top"] & (s["entropy"] <= 0.9))
+
+
+def test_a_classifier_of_other_classes_is_refused(run, tmp_path):
+    """Before a filter, a search or a GAN asks it; and a generator of other classes before it is mixed."""
+    train = load_split(run / "splits", "train")
+    five = train.only(range(5))
+    shutil.copytree(run / "classifier", tmp_path / "five")
+    c = train_classifier(Fixed(five.images, five.labels), resolve(ClassifierConfig, dict(width=4)), list("abcde"), 1)
+    c.save(tmp_path / "five" / "classifier.safetensors")
+    theirs = dict(classifier=str(tmp_path / "five"))
+    for stage, cfg, inputs in (("filter", F.FilterConfig, dict(theirs, generator="diffusion")), ("gan", GanConfig, theirs)):
+        with pytest.raises(SettingError, match=r"five knows 5 classes \(a, b, c, d, e, ...\) of images 1x8x8, splits has 10 classes"):
+            stage_splits(open_stage(stage, resolve(cfg), run, "refused", inputs))
+    filtered(run, "mine", rule="above", tau=[0.0])
+    stage = open_stage("multigen", resolve(MultigenConfig), run, "mix", dict(accepted=["mine"], classifier="classifier"))
+    path = run / "diffusion" / "generator.safetensors"
+    t, m = load_tensors(path)
+    save_tensors(path, t, m | dict(classes=[*"abcdefghij"]))
+    try:
+        with pytest.raises(SettingError, match="mine makes other classes"):
+            Mixer(stage)
+    finally:
+        save_tensors(path, t, m)

@@ -39,6 +39,7 @@ from synthlit.search import (
     published_search,
     ridge,
     ridge_accuracy,
+    run_search,
     trial_accuracies,
 )
 from synthlit.splits import SplitsConfig, cut_data, load_data, load_split
@@ -193,6 +194,37 @@ def test_the_published_search_walks_the_published_grids():
     assert all(a[1:] == (1.0, "confident", 0.0) for a in s.asked[:36])  # checkpoints at std 1, threshold 0
     alone = published_search(s := Ledger(resolve(SearchConfig, SEARCH_PRESETS["gafi"], dict(only=["tau"]))))
     assert len(s.asked) == 10 and alone["ckpt"] == "best" and alone["tau"] == 0.4  # a step on its own
+    later = published_search(s := Ledger(resolve(SearchConfig, SEARCH_PRESETS["gafi"], dict(only=["tau"], ckpts=["100"], stds=[1.3])), ["100"]))
+    assert later == dict(ckpt="100", std=1.3, rule="confident", tau=0.4) and {a[1] for a in s.asked} == {1.3}  # where another has ended
+
+
+def test_a_published_search_that_is_interrupted_trains_nothing_twice(tiny_copy, monkeypatch):
+    """Stopped in the middle of its third training: the same winner, and as many trainings as settings in all."""
+    inputs = dict(generator="gan-seed0", classifier="classifier")
+    cfg = resolve(SearchConfig, dict(method="published", per_class=10, draws=2, share=0.2, stds=[1.0, 1.3], taus=[0.0, 0.5]))
+    done: list = []
+
+    def counted(source, recipe, *args, stop=None, **more):
+        if len(done) == stop:
+            raise KeyboardInterrupt
+        done.append(recipe)
+        return train_classifier(source, recipe, *args, **more)
+
+    monkeypatch.setattr("synthlit.filter.train_classifier", lambda *a, **k: counted(*a, stop=2, **k))
+    stage = open_stage("search", cfg, tiny_copy, "broken", inputs)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(stage)
+    assert len(load_table(stage.dir / "ledger.parquet")) == 2
+    stage.lock.release()
+    monkeypatch.setattr("synthlit.filter.train_classifier", counted)
+    again = run_search(open_stage("search", cfg, tiny_copy, "broken", inputs))
+    assert len(done) == again["trials"] == 3  # checkpoint, std 1.3, threshold 0.5: what was met before is looked up
+    whole = run_search(open_stage("search", cfg, tiny_copy, "whole", inputs))
+    assert {k: v for k, v in whole.items()} == again
+
+
+def test_shares_count_by_their_ratios():
+    assert share_out(10, [2, 2]) == share_out(10, [0.5, 0.5]) == [5, 5]
 
 
 def test_the_fast_search_looks_at_few_places_and_the_same_each_time():
