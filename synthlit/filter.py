@@ -34,7 +34,7 @@ class FilterConfig:
     rule: Literal['confident', 'above', 'best_share', 'agreed', 'doubtful', 'near_real', 'published'] = 'confident'  # a row of RULES: what to keep
     tau: list[Annotated[float, (0, 0.999)]] | None = field(default_factory=lambda: [0., .5, .9])  # its number: each is tried; None = 1/classes
     most: Annotated[float, (0, 1)] = 1.  # doubtful: largest entropy that is kept, as a share of the largest there is
-    ensemble: list[str] = field(default_factory=list)  # agreed: folders of finished classifier stages, of this run or of others
+    ensemble: list[str] | None = None  # agreed: folders of finished classifier stages, of this run or of others
     judge: str = ''  # an image-text model whose probabilities count (hub id or folder; tiny = that of the stage tiny); empty = the real classifier
     revision: str = ''  # of the hub's judge: branch, tag or commit
     templates: list[str] = field(default_factory=lambda: ['a photo of {a}.'])  # its texts: {class} or {a}; or a published row: plain, eurosat, ...
@@ -51,7 +51,7 @@ class FilterConfig:
         self.names = {str(k): str(v) for k, v in self.names.items()}
         if self.judge and (re.match(r'[/~.]', self.judge) or '/' in self.judge and Path(self.judge).is_dir()):
             self.judge = str(Path(self.judge).expanduser().absolute())
-        self.ensemble = [str(Path(p).expanduser().absolute()) for p in self.ensemble]
+        self.ensemble = self.ensemble and [str(Path(p).expanduser().absolute()) for p in self.ensemble]
     def check(self, facts: dict):
         "Refuse what can be seen to be wrong before anything is drawn."
         n = self.per_class or facts['n_train']//facts['classes']
@@ -267,12 +267,12 @@ def scores_for(rule: str, classifier, train, ensemble=()) -> Scores:
     "What a rule of RULES needs to know of candidates; `near_real` compares with at most 5000 training images. `classifier`: any judge."
     return Scores(classifier, ensemble, classifier.features(train.images[evenly(train.labels, 5000, 0)]) if rule == 'near_real' else None)
 
-def ensemble_of(folders: list, classes: list, machine: dict) -> list:
+def ensemble_of(folders: list | None, classes: list, machine: dict) -> list:
     "The classifiers of these folders; `SettingError` for one of other classes."
-    found = [load_classifier(p, machine) for p in folders]
-    for p, c in zip(folders, found):
+    found = {p: load_classifier(p, machine) for p in folders or []}
+    for p, c in found.items():
         if c.classes != list(classes): raise SettingError(f'filter.ensemble: {p} knows other classes ({", ".join(c.classes[:5])} ...) than the generator')
-    return found
+    return [*found.values()]
 
 def told(g: Generator, folder: Path, stats: list, dials: dict, per_class: int, cfg) -> dict:
     "What the result of a filter or a search says of the accepted set, besides what was chosen."

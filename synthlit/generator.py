@@ -141,6 +141,7 @@ class GaussianFloor(Generator):
     def sample(self, labels, index, *, seed: int = 0, **dials):
         "uint8 images of the asked candidates."
         std = self.check(labels, index, dials)['std']
+        if not isinstance(std, (int, float)) or std < 0: raise SettingError(f'std = {std}: the floor takes one number of 0 or more')
         labels, t = torch.as_tensor(labels), self.t
         z = latents(labels, index, t['mean'].shape[2] + 1, seed)
         uniform = torch.special.ndtr(z[:, :1].double()).float()

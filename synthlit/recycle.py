@@ -38,7 +38,7 @@ class Member(NamedTuple):
 def load_member(folder, classifier, train, device='cpu') -> Member:
     "The generator of a filter or search stage's folder with the settings chosen there; its candidates begin where those of the folder do."
     g, _, r = load_accepted(folder, device)
-    asked = ensemble_of(r.get('ensemble', []), g.classes, getattr(classifier, 'machine', CPU))
+    asked = ensemble_of(r.get('ensemble'), g.classes, getattr(classifier, 'machine', CPU))
     scores = scores_for(r['rule'], load_judge(folder, classifier, g.classes, device), train, asked)
     return Member(g, keep_rule(r['rule'], r['tau'], r.get('most', 1.)), scores, r['dials'], r['seed'], r['draws'], r['short'])
 

@@ -367,3 +367,22 @@ def test_the_price_of_a_row(tiny_run):
     assert rows["filtered (filter-seed0)"]["flops"] == training + seen * (g.flops + judge.flops) and g.flops > 0
     assert rows["filtered, recycled (filter-seed0)"]["flops"] > rows["filtered (filter-seed0)"]["flops"]
     assert rows["mixture"]["choice_flops"] > rows["filtered (filter-seed0)"]["choice_flops"] > 0
+
+
+def test_taking_turns_is_a_setting_of_the_evaluation(tiny_copy):
+    train, classifier = load_split(tiny_copy / "splits", "train"), load_classifier(tiny_copy / "classifier")
+    for turns in (False, True):
+        s = open_stage("evaluate", resolve(EvaluateConfig, dict(recycle=1, one_per_epoch=turns)), tiny_copy, f"turns-{turns}")
+        source = recycled_rows(s, train, classifier, 100)["mixture, recycled"].make()(0)
+        assert source.one is turns and len(source.members) > 1
+
+
+def test_shares_are_learned_in_a_stage(tiny_copy):
+    """All alike first, then one share doubled or halved at a time; what has won is what the mixture is made of."""
+    small_stage(tiny_copy, "multigen", "learned", candidates="learned", per_class=20, proxy=0.02)
+    r, ledger = load_json(tiny_copy / "learned" / "result.json"), load_table(tiny_copy / "learned" / "ledger.parquet").to_pylist()
+    assert ledger[0]["trial"] == "all" and len(ledger) > 2 and r["chosen"] in {t["trial"] for t in ledger}
+    assert r["val_accuracy"] == max(t["val_accuracy"] for t in ledger if t["generators"] > 1) >= ledger[0]["val_accuracy"]
+    source = load_table(tiny_copy / "learned" / "mixture.parquet")["source"].to_pylist()
+    whole = sum(r["shares"].values())
+    assert all(abs(source.count(k) / len(source) - v / whole) < 0.05 for k, v in r["shares"].items())
