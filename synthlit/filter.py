@@ -59,7 +59,7 @@ class FilterConfig:
             raise SettingError(f'filter.per_class = {n}: the published rule looks at filter.candidates = {self.candidates} images of a class; '
                                'take at most so many, or more candidates')
         if (self.rule == 'agreed') != bool(self.ensemble):
-            raise SettingError(f'filter.rule = {self.rule!r}, filter.ensemble = {self.ensemble}: agreed needs classifiers that agree, no other rule asks them')
+            raise SettingError(f'filter.rule = {self.rule!r}, filter.ensemble = {self.ensemble}: agreed needs classifiers, no other rule asks them')
         if self.judge.startswith('/') and not Path(self.judge).is_dir(): raise SettingError(f'filter.judge = {self.judge!r}: no such folder')
         if self.judge == 'tiny' and not facts.get('pipeline', True):
             raise SettingError("filter.judge = 'tiny': this chain has no stage tiny before the filter; add one, or name a model")
@@ -271,7 +271,7 @@ def ensemble_of(folders: list | None, classes: list, machine: dict) -> list:
     "The classifiers of these folders; `SettingError` for one of other classes."
     found = {p: load_classifier(p, machine) for p in folders or []}
     for p, c in found.items():
-        if c.classes != list(classes): raise SettingError(f'filter.ensemble: {p} knows other classes ({", ".join(c.classes[:5])} ...) than the generator')
+        if c.classes != list(classes): raise SettingError(f'filter.ensemble: {p} knows other classes ({", ".join(c.classes[:5])}) than the generator')
     return [*found.values()]
 
 def told(g: Generator, folder: Path, stats: list, dials: dict, per_class: int, cfg) -> dict:
@@ -328,7 +328,8 @@ def run_filter(stage: Stage) -> dict:
     save_table(stage.dir/'accepted.parquet', rows)
     save_rejected(stage, pool, keep_rule(cfg.rule, trials.best['tau'], cfg.most))
     shutil.rmtree(stage.dir/'checkpoints'/'scores', ignore_errors=True)
-    result = dict(chosen=trials.best['trial'], rule=cfg.rule, tau=trials.best['tau'], most=cfg.most, ensemble=cfg.ensemble, val_accuracy=trials.best['val_accuracy'], **of,
+    result = dict(chosen=trials.best['trial'], rule=cfg.rule, tau=trials.best['tau'], most=cfg.most, ensemble=cfg.ensemble,
+                  val_accuracy=trials.best['val_accuracy'], **of,
                   **told(g, stage.input('generator'), stats, dials, n, cfg), **(dict(candidates=cfg.candidates) if cfg.rule == 'published' else {}))
     stage.finish(result)
     return result

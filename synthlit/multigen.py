@@ -104,7 +104,8 @@ class Mixer:
         shapes = {s[0].shape for s in self.sets.values()}
         if len(shapes) > 1: raise SettingError(f'generators of different image sizes cannot be mixed: {shapes}')
         for k, (g, *_) in self.sets.items():
-            if g.classes != self.classifier.classes: raise SettingError(f'{k} makes other classes ({", ".join(g.classes[:5])}, ...) than the classifier knows')
+            if g.classes != self.classifier.classes:
+                raise SettingError(f'{k} makes other classes ({", ".join(g.classes[:5])}, ...) than the classifier knows')
         for names in drawn_alike(self.sets):
             print(f'{" and ".join(names)} choose among the same candidates: what both keep is in a mixture twice; give one another seed')
         self.n, self.trials = per_class_of(self.cfg.per_class, train), Trials(stage, val)

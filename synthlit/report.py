@@ -749,8 +749,8 @@ def optimism_part(e: Folder) -> list:
     return [el('p', 'Selection optimism. Thresholds and mixtures were chosen on val. Of the same trials, '
                     'the best by test scores this much higher on test than the best by val: '
                     'what choosing on test, as published systems did, would have claimed. It cannot be negative. '
-                    'The choice on val is the honest one; what it is worth is in the table of sources, under both protocols. (A search by ridges chooses by '
-                    'their loss; here they are compared by their accuracy, in features that have seen real images.)'),
+                    'The choice on val is the honest one; what it is worth is in the table of sources, under both protocols. '
+                    '(A search by ridges chooses by their loss; here they are compared by their accuracy, in features that have seen real images.)'),
             table(['search', 'trials', 'best by val', 'best by test', 'optimism'], rows), epochs_part(e)]
 
 def epochs_part(e: Folder):

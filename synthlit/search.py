@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 import shutil, time, warnings
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .core import (
-    SettingError, Stage, load_json, load_table, load_tensors, open_stage, preset_of, read_manifest, resolve, said, save_table, save_tensors, show_grid)
+from synthlit.core import (
+    SettingError, Stage, load_json, load_table, load_tensors, open_stage, preset_of, read_manifest, resolve, said, save_table, save_tensors,
+    show_grid)
 from .generator import load_generator
 from .classifier import Classifier, load_classifier, planned_steps, to_device
 from .generate import per_class_of
@@ -55,8 +56,8 @@ class SearchConfig:
         if hasattr(made, 'total') and made.keep_every:
             last, every = made.total(facts['n_train']), made.keep_every
             if missing := [k for k in self.ckpts if k.isdigit() and (int(k) % every or not 0 < int(k) <= last)]:
-                raise SettingError(f'search.ckpts: {", ".join(missing[:5])}{" ..." if len(missing) > 5 else ""} will not be kept: the GAN takes {last} steps '
-                                   f'and keeps every {every} (gan.keep_every)')
+                raise SettingError(f'search.ckpts: {", ".join(missing[:5])}{" ..." if len(missing) > 5 else ""} will not be kept: '
+                                   f'the GAN takes {last} steps and keeps every {every} (gan.keep_every)')
 
 GAFI = dict(method='published', stds=steps_of(1, 2, .05), taus=steps_of(0, .9, .1))
 SEARCH_PRESETS = dict(
@@ -139,7 +140,7 @@ def parts_of(m: nn.Module, root: bool = True) -> list:
     return [p for c in heavy for p in parts_of(c, False)] if heavy and (root or isinstance(m, nn.Sequential) and len(heavy) > 1) else [m]
 
 def middle_of(net: nn.Module, x: torch.Tensor) -> tuple | None:
-    "(part, number of its call) that makes the last map but one (N×C×H×W); None where fewer than two are made. `x`: any image, as the network takes it."
+    "(part, number of its call) that makes the last map but one (N×C×H×W); None where fewer than two are made. `x`: an image as the network takes it."
     made, (h, w) = [], x.shape[2:]
     def note(m, args, out):
         if torch.is_tensor(out) and out.dim() == 4 and out[0, 0].numel() > 1 and abs(out.shape[2]*w - out.shape[3]*h) <= max(h, w): made.append(m)
@@ -193,8 +194,9 @@ def ridge_loss(r: dict, x: torch.Tensor, y: torch.Tensor) -> float:
 class Ridges:
     "Asks what settings are worth of ridges on the real classifier's middle layer."
     def __init__(self, s: Searcher):
-        self.s, self.cfg, self.middle, self.trials, self.known = s, s.cfg, Middle(s.judge), s.trials, s.val.only(s.generator(list(s.ckpts)[-1]).trained)
-        self.features = self.middle(self.known.images)  # of val images of the classes that can be drawn
+        self.s, self.cfg, self.middle, self.trials = s, s.cfg, Middle(s.judge), s.trials
+        self.known = s.val.only(s.generator(list(s.ckpts)[-1]).trained)  # of the classes that can be drawn
+        self.features = self.middle(self.known.images)
     def pool(self, place: dict) -> Pool:
         "Candidates at a place; half-precision features beside the scores of all rules."
         scores, g = self.s.scores('near_real' if 'near_real' in self.cfg.rules else self.cfg.rules[0]), self.s.generator(place['ckpt'])
@@ -209,9 +211,9 @@ class Ridges:
         r = ridge(x, torch.from_numpy(np.asarray(rows['label'], dtype=np.int64)), len(g.classes))
         save_tensors(self.s.stage.dir/'trials'/f'{name}.safetensors', r)
         (n, d), val = x.shape, (self.features, self.known.labels)
-        return dict(trial=name, val_accuracy=ridge_accuracy(r, *val), val_loss=ridge_loss(r, *val), steps=0,
-                    flops=float(2*n*min(n, d)*(max(n, d) + len(g.classes)) + min(n, d)**3), acceptance=float(np.mean([q['acceptance'] for q in stats])),
-                    fallback=sum(q['fallback'] for q in stats), **s)
+        flops = 2*n*min(n, d)*(max(n, d) + len(g.classes)) + min(n, d)**3
+        return dict(trial=name, val_accuracy=ridge_accuracy(r, *val), val_loss=ridge_loss(r, *val), steps=0, flops=float(flops),
+                    acceptance=float(np.mean([q['acceptance'] for q in stats])), fallback=sum(q['fallback'] for q in stats), **s)
     def at(self, place: dict) -> list:
         "The ledger's lines of a place, one a rule and threshold; they are written together."
         asked = [dict(**place, rule=r, tau=t) for r in self.cfg.rules for t in self.cfg.taus if (r, t) != ('best_share', 0)]  # which takes nothing
@@ -238,7 +240,7 @@ def study_of(seed: int, first: dict):
     return study
 
 def proposed(grids: dict, most: int, seed: int, look):
-    "Up to `most` places of the grids one after the other: all, or where Optuna says after it has heard the smallest loss that `look` found at the last."
+    "Up to `most` places of the grids, in order: all of them, or where Optuna says after it has heard the smallest loss that `look` found at the last."
     places = [dict(ckpt=a, std=b) for a in grids['ckpt'] for b in grids['std']]
     if len(places) <= most: yield from places; return
     study, met = study_of(seed, dict(ckpt=len(grids['ckpt']) - 1, std=len(grids['std'])//2)), set()
@@ -286,8 +288,8 @@ def run_search(stage: Stage) -> dict:
     rows, stats = accept(pool, rule, s.n, s.cfg.draws, s.cfg.short)
     save_table(stage.dir/'accepted.parquet', rows), save_rejected(stage, pool, rule)
     trial = next(r for r in s.trials.rows if all(r[k] == v for k, v in chosen.items()))
-    result = dict(**chosen, chosen=trial['trial'], **{k: trial[k] for k in ('val_accuracy', 'val_loss') if k in trial}, method=s.cfg.method, trials=len(s.trials.rows),
-                  checkpoint=s.ckpts[chosen['ckpt']], flops=sum(r['flops'] for r in s.trials.rows),
+    result = dict(**chosen, chosen=trial['trial'], **{k: trial[k] for k in ('val_accuracy', 'val_loss') if k in trial},
+                  method=s.cfg.method, trials=len(s.trials.rows), checkpoint=s.ckpts[chosen['ckpt']], flops=sum(r['flops'] for r in s.trials.rows),
                   **told(g, s.folder, stats, s.dials(chosen), s.n, s.cfg))
     stage.finish(result)
     return result

@@ -271,7 +271,7 @@ def test_one_place_serves_all_rules_and_thresholds(tiny_copy):
     s = Searcher(stage := open_stage("search", cfg, tiny_copy, "other", inputs))
     ridges, place = Ridges(s), dict(ckpt="best", std=1.4)
     rows = ridges.at(place)
-    assert [(r["rule"], r["tau"]) for r in rows] == [("confident", 0.0), ("confident", 0.6), ("best_share", 0.0), ("best_share", 0.6)]
+    assert [(r["rule"], r["tau"]) for r in rows] == [("confident", 0.0), ("confident", 0.6), ("best_share", 0.6)]
     price = load_json(stage.dir / "times.json")
     assert [*price] == [rows[0]["trial"]] and 200 <= price[rows[0]["trial"]]["drawn"] <= 10 * 128
     assert Ridges(Searcher(stage)).at(place) == rows and load_table(stage.dir / "ledger.parquet").to_pylist() == rows  # from the ledger
@@ -379,7 +379,7 @@ def test_taking_turns_is_a_setting_of_the_evaluation(tiny_copy):
 
 def test_shares_are_learned_in_a_stage(tiny_copy):
     """All alike first, then one share doubled or halved at a time; what has won is what the mixture is made of."""
-    small_stage(tiny_copy, "multigen", "learned", candidates="learned", per_class=20, proxy=0.02)
+    small_stage(tiny_copy, "multigen", "learned", dict(classifier="classifier"), candidates="learned", per_class=20, proxy=0.02)
     r, ledger = load_json(tiny_copy / "learned" / "result.json"), load_table(tiny_copy / "learned" / "ledger.parquet").to_pylist()
     assert ledger[0]["trial"] == "all" and len(ledger) > 2 and r["chosen"] in {t["trial"] for t in ledger}
     assert r["val_accuracy"] == max(t["val_accuracy"] for t in ledger if t["generators"] > 1) >= ledger[0]["val_accuracy"]
