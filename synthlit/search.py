@@ -211,7 +211,7 @@ class Ridges:
         r = ridge(x, torch.from_numpy(np.asarray(rows['label'], dtype=np.int64)), len(g.classes))
         save_tensors(self.s.stage.dir/'trials'/f'{name}.safetensors', r)
         (n, d), val = x.shape, (self.features, self.known.labels)
-        flops = 2*n*min(n, d)*(max(n, d) + len(g.classes)) + min(n, d)**3
+        flops = 2*n*d*(min(n, d) + len(g.classes)) + min(n, d)**3
         return dict(trial=name, val_accuracy=ridge_accuracy(r, *val), val_loss=ridge_loss(r, *val), steps=0, flops=float(flops),
                     acceptance=float(np.mean([q['acceptance'] for q in stats])), fallback=sum(q['fallback'] for q in stats), **s)
     def at(self, place: dict) -> list:
