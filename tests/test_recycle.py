@@ -275,13 +275,14 @@ def test_one_place_serves_all_rules_and_thresholds(tiny_copy):
     price = load_json(stage.dir / "times.json")
     assert [*price] == [rows[0]["trial"]] and 200 <= price[rows[0]["trial"]]["drawn"] <= 10 * 128
     assert Ridges(Searcher(stage)).at(place) == rows and load_table(stage.dir / "ledger.parquet").to_pylist() == rows  # from the ledger
-    assert trial_accuracies(stage.dir, rows, s.val, stage.machine) == {r["trial"]: r["val_accuracy"] for r in rows}
     for r in rows:
         accepted, _ = accept(Pool(s.generator("best"), s.scores(r["rule"]), cfg.seed, dict(std=1.4)), keep_rule(r["rule"], r["tau"]), 20, 2)
         x, y = images_at(s.generator("best"), accepted, cfg.seed, dict(std=1.4))
         again = ridge(ridges.middle(x).half(), y, 10)
         np.testing.assert_allclose(load_tensors(stage.dir / "trials" / f"{r['trial']}.safetensors")[0]["weight"], again["weight"], atol=1e-4)
-        assert ridge_accuracy(again, ridges.seen, s.val.labels) == pytest.approx(r["val_accuracy"], abs=0.01)
+        assert ridge_accuracy(again, ridges.features, s.val.labels) == pytest.approx(r["val_accuracy"], abs=0.01)
+    stage.finish({})
+    assert trial_accuracies(stage.dir, rows, s.val, stage.machine) == {r["trial"]: r["val_accuracy"] for r in rows}
 
 
 def test_the_middle_layer_of_any_network():
