@@ -50,7 +50,7 @@ results-search: .venv/.installed ## both ways of searching, generator by generat
 	for a in 0 10; do $(V)/synthlit run search_digits -p gan.seed="[$$(seq -s, $$a $$((a + 9)))]" --out runs/search_digits_$$a --jobs 2 && \
 	  $(V)/python tests/keep_search.py search_digits_$$a runs/search_digits_$$a || exit 1; done
 
-results-gafi: .venv/.installed ## what each of GaFi's steps brings on Fashion-MNIST (an hour of one core; goes on where it was) for nbs/results/gafi.ipynb
+results-gafi: .venv/.installed ## what each of GaFi's steps brings on Fashion-MNIST (hours of one core; goes on where it was) for nbs/results/gafi.ipynb
 	$(V)/synthlit run gafi_study_cpu
 	$(call keep,gafi_study_cpu,gafi)
 	$(V)/python tests/bench_stream.py

@@ -307,10 +307,10 @@ def take(pool: Pool, cfg: FilterConfig, tau: float, n: int) -> tuple:
     if cfg.rule == 'published': return accept_published(pool, cfg.candidates, n, tau, cfg.seed)
     return accept(pool, keep_rule(cfg.rule, tau, cfg.most), n, cfg.draws, cfg.short)
 
-def pool_for(stage: Stage, g: Generator, scores) -> Pool:
-    "The candidates of a stage; scores of a slow generator are kept until it is done."
-    more = dict(chunk=WINDOW, kept=stage.dir/'checkpoints'/'scores') if g.slow else {}
-    return Pool(g, scores, stage.cfg.seed, dials_of(stage.cfg), **more)
+def pool_for(stage: Stage, g: Generator, scores, dials: dict, name: str = 'scores') -> Pool:
+    "The candidates of a stage; scores of a slow generator are kept, under `name`, until it is done."
+    more = dict(chunk=WINDOW, kept=stage.dir/'checkpoints'/name) if g.slow else {}
+    return Pool(g, scores, stage.cfg.seed, dials, **more)
 
 def run_filter(stage: Stage) -> dict:
     "The stage: try the thresholds, choose on val, write the accepted addresses and a sample of the rejected."
@@ -318,7 +318,7 @@ def run_filter(stage: Stage) -> dict:
     g = load_generator(stage.input('generator'), stage.device)
     dials, n = dials_of(cfg), per_class_of(cfg.per_class, train)
     judge, of = judge_of(stage, classifier, g.classes)
-    pool, sets = pool_for(stage, g, scores_for(cfg.rule, judge, train, ensemble_of(cfg.ensemble, g.classes, stage.machine))), {}
+    pool, sets = pool_for(stage, g, scores_for(cfg.rule, judge, train, ensemble_of(cfg.ensemble, g.classes, stage.machine)), dials), {}
     trials, steps = Trials(stage, val), proxy_steps(cfg.proxy, classifier, train)
     for tau in [1/len(g.classes)] if cfg.tau is None else cfg.tau:
         sets[f'tau-{tau:g}'] = rows, stats = take(pool, cfg, tau, n)

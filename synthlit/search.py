@@ -20,7 +20,7 @@ from synthlit.core import (
 from .generator import load_generator
 from .classifier import Classifier, load_classifier, planned_steps, to_device
 from .generate import per_class_of
-from .filter import WINDOW, Pool, Rule, Trials, accept, images_at, keep_rule, load_accepted, save_rejected, scores_for, told
+from .filter import Pool, Rule, Trials, accept, images_at, keep_rule, load_accepted, pool_for, save_rejected, scores_for, told
 from .recycle import Member, Recycled
 from .gan.train import stage_splits
 
@@ -201,8 +201,7 @@ class Ridges:
         "Candidates at a place; half-precision features beside the scores of all rules."
         scores, g = self.s.scores('near_real' if 'near_real' in self.cfg.rules else self.cfg.rules[0]), self.s.generator(place['ckpt'])
         both = lambda images, labels: {**scores(images, labels), 'middle': self.middle(images).clamp(-65504, 65504).half()}
-        more = dict(chunk=WINDOW, kept=self.s.stage.dir/'checkpoints'/f'{place["ckpt"]}-std{place["std"]:g}') if g.slow else {}
-        return Pool(g, both, self.cfg.seed, self.s.dials(place), **more)
+        return pool_for(self.s.stage, g, both, self.s.dials(place), f'{place["ckpt"]}-std{place["std"]:g}')
     def fit(self, pool: Pool, s: dict, name: str) -> dict:
         "Fit and keep a setting's ridge on as many accepted images as `images` allows; its line of the ledger (flops: of the ridge)."
         c, g = self.cfg, pool.g

@@ -18,9 +18,8 @@ def searched(folder: Path) -> dict:
     """What a search chose and what it cost."""
     result, manifest = load_json(folder / "result.json"), load_json(folder / "manifest.json")
     chosen = {k: result[k] for k in ("ckpt", "std", "rule", "tau", "val_accuracy", "trials", "flops", "acceptance", "per_class")}
-    drawn = sum(p["drawn"] for p in load_json(folder / "times.json").values() if isinstance(p, dict))
     tried = [[r.get(k) for k in TRIED] for r in load_table(folder / "ledger.parquet").to_pylist()] if (folder / "ledger.parquet").exists() else []
-    return dict(chosen, seconds=manifest["seconds"], cpu_seconds=manifest["cpu_seconds"], drawn=drawn, tried=tried)
+    return dict(chosen, seconds=manifest["seconds"], cpu_seconds=manifest["cpu_seconds"], tried=tried)
 
 
 def read(run: Path) -> dict:

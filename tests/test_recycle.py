@@ -18,7 +18,9 @@ from synthlit.core import (
     open_stage,
     preset_of,
     resolve,
+    save_json,
     save_table,
+    save_tensors,
     small_stage,
 )
 from synthlit.evaluate import EvaluateConfig, recycled_rows, sources_of
@@ -321,6 +323,15 @@ def test_fixed_sets_can_be_left_out(tiny_copy):
 def test_checkpoints_that_were_not_kept_are_named(tiny_run):
     with pytest.raises(SettingError, match="kept no generator '500', only best, last"):
         kept_checkpoints(tiny_run.run / "gan-seed0", ["best", "500"])
+
+
+def test_all_checkpoints_stand_in_the_order_of_their_steps(tmp_path):
+    """The best among them at its step, or not at all where it is one of them."""
+    for step in ("20", "100"):
+        save_tensors(tmp_path / "steps" / step.zfill(9) / "generator.safetensors", {})
+    for best, names in (("60", ["20", "best", "100"]), ("100", ["20", "100"]), ("5", ["best", "20", "100"])):
+        save_json(tmp_path / "result.json", dict(best_step=int(best)))
+        assert [*kept_checkpoints(tmp_path, ["all"])] == names
 
 
 def test_a_stage_s_member_makes_what_the_stage_accepted(tiny_run):

@@ -542,6 +542,8 @@ def test_a_search_takes_a_set_made_elsewhere(tmp_path, floor):
         small_stage(tmp_path / "run", stage, **kw)
     small_stage(tmp_path / "run", "search", places=2, per_class=20)
     assert len(rows_of(tmp_path / "run" / "search")[0]) == 200
+    with pytest.raises(SettingError, match="search.per_class = 150: imported has fewer images of 0"):  # before anything is drawn
+        small_stage(tmp_path / "run", "search", "more", places=2, per_class=150)
 
 
 def test_copies_of_real_images_are_counted(train, tmp_path):
