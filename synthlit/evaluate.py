@@ -62,7 +62,7 @@ class EvaluateConfig:
         if self.inception and not Path(self.inception).is_file(): raise SettingError(f'evaluate.inception = {self.inception!r}: no such file')
         if self.audit and not Path(self.audit).is_dir(): raise SettingError(f'evaluate.audit = {self.audit!r}: no such folder')
         if not (self.fixed or self.recycle): raise SettingError('evaluate.fixed = false leaves nothing to evaluate: set evaluate.recycle, e.g. to 5')
-        if self.one_per_epoch and not self.recycle: raise SettingError('evaluate.one_per_epoch needs sets drawn anew: set evaluate.recycle, as to 1')
+        if self.one_per_epoch and not self.recycle: raise SettingError('evaluate.one_per_epoch needs sets drawn anew: set evaluate.recycle to 1, say')
         if self.references % 2: raise SettingError(f'evaluate.references = {self.references}: halves come in pairs, use {self.references + 1}')
         if self.curve == 1: raise SettingError('evaluate.curve = 1: a curve needs at least 2 sizes; use 5, or 0 for none')
         if self.curve and len(self.seeds) < 2: raise SettingError('evaluate.curve: its interval comes from at least 2 evaluate.seeds')
