@@ -4,13 +4,15 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
-from bench import InMemory, best_of, keep, peak, row
+from bench import InMemory, best_of, keep, row
 
 from synthlit.core import resolve, rng
 from synthlit.gan.dcgan import Conv2d, ConvTranspose2d, DCGANDiscriminator
@@ -127,6 +129,23 @@ def fresh(preset: str, width: int, who: str) -> float:
     """Peak memory of two steps in a process of its own, MB above what was there when they began."""
     done = subprocess.run([sys.executable, __file__, "memory", preset, str(width), who], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
+
+
+def peak(f) -> float:
+    """MB above what was there before, at most, while f runs."""
+    process, stop, seen = psutil.Process(), threading.Event(), []
+
+    def watch():
+        while not stop.wait(0.002):
+            seen.append(process.memory_info().rss)
+
+    before = process.memory_info().rss
+    thread = threading.Thread(target=watch)
+    thread.start()
+    f()
+    stop.set()
+    thread.join()
+    return max(max(seen, default=before) - before, 0) / 1e6
 
 
 def memory_of(preset: str, width: int, who: str):

@@ -277,3 +277,10 @@ def test_readme_is_up_to_date():
     if not (TOP / "README.md").exists():
         pytest.skip("no README.md yet")
     subprocess.run([sys.executable, "tests/make_readme.py", "--check"], cwd=TOP, check=True)
+
+
+def test_scripts_can_be_imported():
+    "Benchmarks and keepers are not run by the tests: at least their names must be there."
+    scripts = [p.stem for p in (TOP / "tests").glob("*.py") if not p.stem.startswith(("test_", "conftest"))]
+    assert "bench_gan" in scripts and "keep_search" in scripts
+    subprocess.run([sys.executable, "-c", f"import {', '.join(sorted(scripts))}"], cwd=TOP / "tests", check=True)
