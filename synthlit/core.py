@@ -87,7 +87,8 @@ def check_value(name: str, value, kind):
     if kind is float and type(value) is int: return float(value)
     if kind is int and type(value) is float and value.is_integer(): return int(value)
     if type(value) is not (origin or kind):
-        raise SettingError(f'{name} = {value!r}: expected {(origin or kind).__name__}, got {type(value).__name__}')
+        fix = '; put it in quotes' if kind is str else ''
+        raise SettingError(f'{name} = {value!r}: expected {(origin or kind).__name__}, got {type(value).__name__}{fix}')
     return value
 
 def check_range(name, value, lo, hi):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GENERATE_PRESETS', 'FEATURES', 'GenerateConfig', 'addresses', 'Maker', 'Rows', 'shard_schema', 'shard_table',
            'table_of', 'block_size', 'kept_table', 'write_shard', 'write_shards', 'holds', 'load_set', 'write_folder',
-           'unpack', 'load_generators', 'describe', 'per_class_of', 'plain_addresses', 'dials_of', 'work_generate',
-           'run_generate']
+           'unpack', 'load_generators', 'describe', 'per_class_of', 'plain_addresses', 'dials_of', 'check_dials',
+           'work_generate', 'run_generate']
 
 # %% ../nbs/05b_generate.ipynb #d0b4cb87
 import json
@@ -18,7 +18,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from synthlit.core import (
     DamagedFile, SettingError, Stage, atomic, digest, file_digest, load_json, load_table, open_stage, preset_of, resolve, said, save_json,
     show_grid)
-from .generator import Generator, load_generator
+from .generator import Generator, check_spread, load_generator
 from .data import DataError, class_folders, columns_of, decode_all, encode, images_in, parquet_cells, path_cells, safe_name, shards_of
 from .splits import load_split
 from .cards import card, encode_marked, is_marked, made_on, maker_facts, splits_facts
@@ -35,6 +35,9 @@ class GenerateConfig:
     folder: Annotated[int, (0, None)] = 20  # images per class that are also written as PNG files
     licence: str = ''  # of the images, for the card: a hub's identifier such as cc-by-4.0; empty = the generator's, else unknown
     seed: Annotated[int, (0, None)] = 0  # candidates are addressed by (seed, class, index)
+    def check(self, facts: dict):
+        "Refuse dials that cannot be turned so before a generator is trained."
+        check_dials('generate', self)
 
 GENERATE_PRESETS = dict(
     tiny=dict(per_class=40, shard=100, folder=4),
@@ -249,6 +252,13 @@ def dials_of(cfg) -> dict:
     "What the settings turn at the generator."
     if cfg.std is not None and 'std' in cfg.dials: raise SettingError(f'std = {cfg.std} and dials = {cfg.dials}: say std once')
     return cfg.dials if cfg.std is None else {**cfg.dials, 'std': cfg.std}
+
+def check_dials(name: str, cfg):
+    "`SettingError`, naming the stage's entry, for dials that no generator can turn so."
+    try:
+        asked = dials_of(cfg) if hasattr(cfg, 'std') else cfg.dials
+        check_spread(asked.get('std', 1.), asked.get('truncation', 0.))
+    except SettingError as e: raise SettingError(f'{name}.dials: {e}') from None
 
 def work_generate(cfg: GenerateConfig, facts: dict) -> dict:
     "Rough work of the stage: images sampled, bytes written."

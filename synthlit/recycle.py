@@ -97,12 +97,14 @@ class Recycled:
         per_class: int,  # images of each class
         seed: int,  # of the recipe that trains on it: places are refilled in the order in which its training uses them
         period: int = 1,  # epochs between replacements
-        factor: float = 1.,  # share of each class that is replaced
-        shares=None,  # one number per member; None = all alike
-        one_per_epoch: bool = False,  # each replacement comes from the next generator alone
+        factor: float = 1.,  # share of each class that is replaced; one image at least
+        shares=None,  # one number per member, only the ratios count; None = all alike
+        one_per_epoch: bool = False,  # each replacement comes from the next generator alone, of those with a share
         epochs: int | None = None,  # after so many nothing more is drawn
         teacher=None,  # a classifier: its probabilities are the labels (generative knowledge distillation, arXiv 2407.15526)
     ):
+        if not members: raise SettingError('members = []: a source needs a generator')
+        if per_class < 1: raise SettingError(f'per_class = {per_class}: at least 1')
         if len(sizes := {m.g.shape for m in members}) != 1: raise SettingError(f'members make images of sizes {sorted(sizes)}: one size is needed')
         if period < 1 or not 0 < factor <= 1:
             raise SettingError(f'period = {period} must be at least 1, factor = {factor} above 0 and at most 1')
@@ -110,7 +112,8 @@ class Recycled:
             [m._replace(g=m.g.endless()) for m in members], per_class, seed, period, factor, one_per_epoch, epochs, teacher)
         self.shape, classes = members[0].g.shape, sorted({c for m in members for c in m.g.trained})
         self.labels = torch.tensor(classes).repeat_interleave(per_class)
-        self.member = np.concatenate([self.members_of(c, [1.]*len(members) if shares is None else shares) for c in classes])
+        self.shares = [1.]*len(members) if shares is None else shares
+        self.member = np.concatenate([self.members_of(c, self.shares) for c in classes])
         self.images = torch.empty(len(self.labels), *self.shape, dtype=torch.uint8)
         self.generation: int | None = None  # of which the images are
         self.tally: dict = {}  # generation -> candidates looked at, passed, fall-backs
@@ -137,7 +140,7 @@ class Recycled:
     def owners(self, t: int) -> np.ndarray:
         "Which member fills each slot in generation t."
         if not self.one: return self.member
-        able = {c: [i for i, m in enumerate(self.members) if c in m.g.trained] for c in self.labels.unique().tolist()}
+        able = {c: [i for i, (m, w) in enumerate(zip(self.members, self.shares)) if w and c in m.g.trained] for c in self.labels.unique().tolist()}
         return np.concatenate([np.full(self.per_class, can[t % len(can)]) for can in able.values()])
     def fill(self, t: int, wanted=None, used: Used | None = None) -> bool:
         "Put the images of generation t into its slots (only into `wanted`), each as soon as it has been used; False if that ended early."

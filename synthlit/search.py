@@ -19,7 +19,7 @@ from synthlit.core import (
     show_grid)
 from .generator import load_generator
 from .classifier import Classifier, load_classifier, planned_steps, to_device
-from .generate import per_class_of
+from .generate import check_dials, per_class_of
 from .filter import Pool, Rule, Trials, accept, images_at, keep_rule, load_accepted, pool_for, save_rejected, scores_for, told
 from .recycle import Member, Recycled
 from .gan.train import stage_splits
@@ -31,7 +31,7 @@ steps_of = lambda start, end, by: np.arange(start, end + by/2, by).round(3).toli
 class SearchConfig:
     "Settings of the search."
     method: Literal['fast', 'published'] = 'fast'  # all grids together, each setting by a ridge; or one after the other, each by a training
-    ckpts: list[str] = field(default_factory=lambda: ['all'])  # `best`, `last`, steps that gan.keep_every kept, such as '5000'; or all
+    ckpts: list[str] = field(default_factory=lambda: ['all'])  # `best`, `last`, steps kept (gan.keep_every), e.g. '5000'; all: steps and best
     stds: list[Annotated[float, (0.001, 10)]] = field(default_factory=lambda: [1., 1.1, 1.25, 1.5])  # of the latent, where it can be turned
     rules: list[Rule] = field(default_factory=lambda: ['confident'])  # keep-rules, see RULES; `published` uses the first
     taus: list[Annotated[float, (0, 0.999)]] = field(default_factory=lambda: [0., .3, .6, .9])  # thresholds
@@ -51,6 +51,11 @@ class SearchConfig:
         "Refuse grids that say a value twice."
         for k in ('ckpts', 'stds', 'rules', 'taus', 'only'):
             if len(set(v := getattr(self, k))) < len(v): raise SettingError(f'search.{k} = {v}: a value is said twice')
+        if self.method == 'published' and 'ckpt' not in self.only and (len(self.ckpts) > 1 or self.ckpts == ['all']):
+            raise SettingError(f'search.only = {self.only} leaves the checkpoint as it is: name it, one, in search.ckpts (now {self.ckpts})')
+        if 'best_share' in self.rules and (self.taus == [0.] or self.method == 'published' and 0 in self.taus):
+            raise SettingError(f'search.taus = {self.taus}: best_share of 0 keeps nothing; begin at 0.1')
+        check_dials('search', self)
         if 'std' in self.dials: raise SettingError(f'search.dials = {self.dials}: std is what search.stds are for')
         made = facts.get('gan')  # its checkpoints can be counted before it is trained
         if hasattr(made, 'total') and made.keep_every:
@@ -71,6 +76,7 @@ SEARCH_PRESETS = dict(
 def kept_checkpoints(folder, asked: list) -> dict:
     "name -> subfolder of the generators to choose from; `SettingError` for one that is not there."
     folder = Path(folder)
+    if 'all' in asked and len(asked) > 1: raise SettingError(f'search.ckpts = {asked}: all stands alone')
     found = {'best': '', **({'last': 'last'} if (folder/'last'/'generator.safetensors').exists() else {}),
              **{str(int(p.name)): f'steps/{p.name}' for p in sorted((folder/'steps').glob('[0-9]*')) if (p/'generator.safetensors').exists()}}
     if asked == ['all']:  # in order of their steps; the best is not asked twice
@@ -127,7 +133,8 @@ def name_of(s: dict) -> str:
 def published_search(s: Searcher) -> dict:
     "Greedy: each grid in turn, keeping what was best so far; returns the setting."
     c = s.cfg
-    best = dict(ckpt=next(iter(s.ckpts)), std=1. if 'std' in c.only else c.stds[0], rule=c.rules[0], tau=0. if 'tau' in c.only else c.taus[0])
+    best = dict(ckpt=next(iter(s.ckpts)), std=1. if 'std' in c.only else c.stds[0], rule=c.rules[0],
+                tau=0. if 'tau' in c.only and c.rules[0] != 'best_share' else c.taus[0])
     grids = dict(ckpt=list(s.ckpts), std=c.stds if 'std' in s.generator(best['ckpt']).dials else [1.], tau=c.taus)
     for key in c.only: best = max([{**best, key: v} for v in grids[key]], key=s.worth)
     return best
@@ -285,7 +292,7 @@ def run_search(stage: Stage) -> dict:
     rule, g = keep_rule(chosen['rule'], chosen['tau']), s.generator(chosen['ckpt'])
     pool = Pool(g, s.scores(chosen['rule']), s.cfg.seed, s.dials(chosen))
     rows, stats = accept(pool, rule, s.n, s.cfg.draws, s.cfg.short)
-    save_table(stage.dir/'accepted.parquet', rows), save_rejected(stage, pool, rule)
+    save_table(stage.dir/'accepted.parquet', rows), save_rejected(stage, pool, rule, rows)
     trial = next(r for r in s.trials.rows if all(r[k] == v for k, v in chosen.items()))
     result = dict(**chosen, chosen=trial['trial'], **{k: trial[k] for k in ('val_accuracy', 'val_loss') if k in trial},
                   method=s.cfg.method, trials=len(s.trials.rows), checkpoint=s.ckpts[chosen['ckpt']], flops=sum(r['flops'] for r in s.trials.rows),

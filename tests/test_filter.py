@@ -201,6 +201,14 @@ def test_the_upper_end_of_the_entropy_window_is_kept(run):
     assert r["most"] == 0.9 and torch.equal(m.rule(x, y, s), s["top"] & (s["entropy"] <= 0.9))
 
 
+def test_what_fills_up_is_not_thrown_away(run):
+    """A class that runs short is named with the number of images, and these are not among the pictures of the rejected."""
+    stage, r = filtered(run, "short", rule="above", tau=[0.99], draws=2)
+    rows, gone = [load_table(stage.dir / f"{f}.parquet").to_pydict() for f in ("accepted", "rejected")]
+    assert sum(r["short_of"].values()) == rows["passed"].count(False) > 0
+    assert not set(zip(rows["label"], rows["index"])) & set(zip(gone["label"], gone["index"])) and len(gone["label"]) > 0
+
+
 def test_a_classifier_of_other_classes_is_refused(run, tmp_path):
     """Before a filter, a search or a GAN asks it; and a generator of other classes before it is mixed."""
     train = load_split(run / "splits", "train")

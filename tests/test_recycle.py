@@ -26,6 +26,7 @@ from synthlit.core import (
 from synthlit.evaluate import EvaluateConfig, recycled_rows, sources_of
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
 from synthlit.generator import Generator, fit_floor, load_generator
+from synthlit.multigen import MultigenConfig, run_multigen
 from synthlit.networks import build_net
 from synthlit.pipeline import main
 from synthlit.recycle import ImageSet, Member, Recycled, load_member, share_out, stream_class
@@ -318,6 +319,18 @@ def test_fixed_sets_can_be_left_out(tiny_copy):
     assert {"floor", "synthetic", "filtered", "mixture"} == {*rows[False].values()}
     with pytest.raises(SettingError, match="evaluate.recycle"):
         resolve(EvaluateConfig, dict(fixed=False)).check({})
+
+
+def test_shares_that_are_given_are_kept(tiny_copy):
+    """One mixture, no other is tried; a set without a share is not in it, one that is not there is named."""
+    mix_of = lambda name, **how: run_multigen(open_stage("multigen", resolve(MultigenConfig, dict(per_class=20, **how)), tiny_copy, name))
+    r = mix_of("mine", shares={"filter-seed0": 0.75, "filter-seed1": 0.25})
+    rows = load_table(tiny_copy / "mine" / "mixture.parquet").to_pydict()
+    assert r["chosen"] == "given" and len(r["trials"]) == 1 and rows["source"].count("filter-seed0") == 150 and len(rows["label"]) == 200
+    r = mix_of("one", at_least=1, shares={"filter-seed0": 0.0, "filter-seed1": 1.0})
+    assert r["sources"] == ["filter-seed1"] and r["shares"] == {"filter-seed1": 1.0}
+    with pytest.raises(SettingError, match="no filtered set is called 'filter-sed0'"):
+        mix_of("wrong", shares={"filter-sed0": 0.5, "filter-seed1": 0.5})
 
 
 def test_checkpoints_that_were_not_kept_are_named(tiny_run):
