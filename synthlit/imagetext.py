@@ -13,7 +13,8 @@ import numpy as np, torch
 from torch.nn import functional as F
 from .core import SettingError, global_rng, rng, show_grid
 from .networks import forward_flops
-from .pipelines import check_model, dtype_of, fetch_model, find_folder, full_blocks, licence_of, quiet, weights_digest
+from .folders import check_model, dtype_of, fetch_model, find_folder, licence_of, quiet, weights_digest
+from .captions import full_blocks
 from .prompts import names_of, prompt_data, say
 from .tiny import make_image_encoder, make_image_processor, make_text_encoder, make_tokenizer
 

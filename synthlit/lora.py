@@ -27,9 +27,10 @@ from .generator import load_generator
 from .splits import Split, load_split
 from .classifier import rank_and_world
 from .diffusion import check_gamma, min_snr
-from .pipelines import (
-    captions_of, cut_off, drawn_size, embed_images, encode_prompts, fetch_model, fill, find_folder, image_digests, quiet, ranks, read_lora,
-    spoken, vectors_for, with_token)
+from .folders import drawn_size, fetch_model, find_folder, quiet, read_lora
+from .conditions import cut_off, encode_prompts, fill, spoken, with_token
+from .captions import captions_of, embed_images, image_digests, vectors_for
+from .versions import ranks
 from .gan.train import finish_first, share_gradients
 from .gan.watch import animate, save_picture, tiles
 

@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 import numpy as np, torch
 from .core import SettingError, Stage, atomic, global_rng, nearest, notebooks_dir, open_stage, preset_of, resolve, rng, said
 from .data import DataError
-from .pipelines import (
-    check_model, dtype_of, fetch_model, fill, find_folder, licence_of, load_prompts, quiet, sentence_key, spoken, weights_digest)
+from .folders import check_model, dtype_of, fetch_model, find_folder, licence_of, quiet, weights_digest
+from .conditions import fill, load_prompts, sentence_key, spoken
 from .splits import load_split
 from .tiny import make_tokenizer
 

@@ -28,7 +28,7 @@ from .core import (
 from .data import SETS, DataError, load_arrays
 from .generator import fit_floor
 from .splits import Split, kshot, load_split, open_test, save_split
-from .pipelines import image_digests
+from .captions import image_digests
 from .prompts import prompt_data
 from .generate import addresses, load_set
 from .imagetext import ImageText, random_image_text, vectors_of

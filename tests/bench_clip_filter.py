@@ -21,9 +21,9 @@ from bench import keep, row
 
 from synthlit.core import global_rng, rng
 from synthlit.filter import Pool, Scores
+from synthlit.folders import quiet
 from synthlit.generator import fit_floor
 from synthlit.imagetext import ImageText, accept_published
-from synthlit.pipelines import quiet
 from synthlit.prompts import from_grammar
 from synthlit.tiny import make_image_encoder, make_image_processor, make_text_encoder, make_tokenizer
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from synthlit.captions import image_digests
 from synthlit.core import (
     Checkpoints,
     History,
@@ -28,6 +29,7 @@ from synthlit.core import (
     small_stage,
 )
 from synthlit.data import DataError
+from synthlit.folders import load_pipeline, read_lora
 from synthlit.generator import load_generator
 from synthlit.lora import (
     LORA_PRESETS,
@@ -62,7 +64,6 @@ from synthlit.lora import (
     tokens_for,
     train_lora,
 )
-from synthlit.pipelines import image_digests, load_pipeline, read_lora
 from synthlit.splits import load_split
 
 TOP = Path(__file__).parents[1]

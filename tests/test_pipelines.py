@@ -10,12 +10,38 @@ import torch
 from safetensors.torch import save_file
 
 from synthlit import pipelines as P
+from synthlit.captions import (
+    by_digest,
+    caption_prompts,
+    captions_of,
+    embed_images,
+    image_digests,
+    load_encoder,
+    read_vectors,
+    vectors_for,
+    write_vectors,
+)
+from synthlit.conditions import class_prompts, conditions, encode_prompts
 from synthlit.core import DamagedFile, SettingError, digest, load_json, open_stage, read_manifest, resolve, rng, small_stage
 from synthlit.data import DataError, encode
+from synthlit.diffusion import steps_left, strength_of
+from synthlit.folders import (
+    SCHEDULERS,
+    check_folder,
+    drawn_size,
+    find_folder,
+    licence_of,
+    load_pipeline,
+    pipeline_facts,
+    quiet,
+    random_lora,
+    read_lora,
+)
 from synthlit.generate import Maker, Rows, addresses
 from synthlit.generator import load_generator
 from synthlit.splits import Split, load_split
 from synthlit.tiny import random_pipeline
+from synthlit.versions import index_ranges, version_index
 
 pytestmark = pytest.mark.usefixtures("no_network")
 CLASSES = ["cat", "dog", "tree"]
@@ -23,7 +49,7 @@ CLASSES = ["cat", "dog", "tree"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with P.quiet():
+    with quiet():
         return random_pipeline(tmp_path_factory.mktemp("pipelines") / "base", [*CLASSES, "photo, best quality"], size=16)
 
 
@@ -35,7 +61,7 @@ def mine(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def facts(folder):
-    return P.pipeline_facts(str(folder))
+    return pipeline_facts(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +75,7 @@ def real():
 def generator(facts, real, lora=None, ranges=None, tokens=None, images=True, **draw) -> P.PipelineGenerator:
     d = P.Drawing(**{**dict(size=16, steps=3, batch=3), **draw})
     counts = torch.bincount(real.labels).tolist()
-    prompts = P.class_prompts(CLASSES, P.Text2imageConfig())
+    prompts = class_prompts(CLASSES)
     held = dict(labels=real.labels, images=real.images if images else None, tokens=tokens)
     return P.PipelineGenerator(d, facts, CLASSES, (3, 12, 12), prompts, counts, **held, lora=lora, ranges=ranges)
 
@@ -66,7 +92,7 @@ Y, I = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([0, 70, 3, 1, 64])
 
 
 def test_a_local_folder_loads_without_a_network(folder):
-    pipe = P.load_pipeline(folder, scheduler="ddim")
+    pipe = load_pipeline(folder, scheduler="ddim")
     assert type(pipe).__name__ == "StableDiffusionPipeline" and type(pipe.scheduler).__name__ == "DDIMScheduler"
 
 
@@ -74,13 +100,13 @@ def test_a_local_folder_loads_without_a_network(folder):
 def test_a_missing_component_is_named(mine, part):
     shutil.rmtree(mine / part)
     with pytest.raises(DataError, match=f"component {part} is missing"):
-        P.load_pipeline(mine)
+        load_pipeline(mine)
 
 
 def test_missing_weights_are_named(mine):
     (mine / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(DataError, match="component vae has no weights"):
-        P.check_folder(mine)
+        check_folder(mine)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt"])
@@ -88,7 +114,7 @@ def test_pickles_are_refused_with_the_way_to_convert(mine, suffix):
     weights = mine / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(suffix))
     with pytest.raises(SettingError, match="pickles.*save_pretrained"):
-        P.load_pipeline(mine)
+        load_pipeline(mine)
 
 
 def test_other_checkpoints_are_refused(mine, tmp_path):
@@ -96,18 +122,18 @@ def test_other_checkpoints_are_refused(mine, tmp_path):
     save_file({"a": torch.zeros(1)}, single)
     for place in (single, mine / "unet"):
         with pytest.raises(SettingError, match="no diffusers pipeline.*from_single_file"):
-            P.load_pipeline(place)
+            load_pipeline(place)
     index = mine / "model_index.json"
     was = json.loads(index.read_text())
     index.write_text(json.dumps({**was, "_class_name": "FluxPipeline"}))
     with pytest.raises(SettingError, match="FluxPipeline; expected a pipeline like Stable Diffusion"):
-        P.check_folder(mine)
+        check_folder(mine)
     index.write_text(json.dumps({**was, "unet": ["my_code", "Net"]}))
     with pytest.raises(SettingError, match="code of its own"):
-        P.check_folder(mine)
+        check_folder(mine)
     index.write_text("{")
     with pytest.raises(DamagedFile, match="model_index.json"):
-        P.check_folder(mine)
+        check_folder(mine)
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
@@ -121,13 +147,13 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
         return fetch
 
     with pytest.raises(SettingError, match="cannot be reached.*hf download some/model --local-dir FOLDER"):
-        P.find_folder("some/model", fetch=fails(ConnectionError("x")))
+        find_folder("some/model", fetch=fails(ConnectionError("x")))
     with pytest.raises(SettingError, match="gated.*hf auth login"):
-        P.find_folder("some/model", fetch=fails(GatedRepoError("x")))
+        find_folder("some/model", fetch=fails(GatedRepoError("x")))
     with pytest.raises(SettingError, match="pickles only"):
-        P.find_folder("some/model", fetch=fails(OSError("Could not find the necessary `safetensors` weights")))
+        find_folder("some/model", fetch=fails(OSError("Could not find the necessary `safetensors` weights")))
     with pytest.raises(SettingError, match="no such folder"):
-        P.find_folder("not/a/folder")
+        find_folder("not/a/folder")
 
 
 def test_the_real_fetcher_fails_with_the_same_words(monkeypatch, tmp_path):
@@ -136,60 +162,60 @@ def test_the_real_fetcher_fails_with_the_same_words(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SettingError, match="--local-dir FOLDER"):
-        P.load_pipeline("nobody/no-such-model-here")
+        load_pipeline("nobody/no-such-model-here")
 
 
 def test_sizes_and_schedulers(facts, folder):
-    assert P.drawn_size(None, facts) == 16
+    assert drawn_size(None, facts) == 16
     with pytest.raises(SettingError, match="multiples of 4 pixels.*28 and 32"):
-        P.drawn_size(30, facts)
+        drawn_size(30, facts)
     with pytest.raises(SettingError, match="did you mean 'ddim'"):
-        P.load_pipeline(folder, scheduler="ddimm")
+        load_pipeline(folder, scheduler="ddimm")
 
 
 def test_licence_and_weights_are_recorded(mine, facts):
     (mine / "README.md").write_text("---\nlicense: openrail\n---\n# Model\n")
-    found = P.pipeline_facts(str(mine))
+    found = pipeline_facts(str(mine))
     assert found["licence"] == "openrail" and found["weights"] == facts["weights"]
     (mine / "README.md").write_text("---\n: [\n---\n")
-    assert P.licence_of(mine) == ""
+    assert licence_of(mine) == ""
     config = mine / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.013"))
-    assert P.pipeline_facts(str(mine))["weights"] != facts["weights"]
+    assert pipeline_facts(str(mine))["weights"] != facts["weights"]
 
 
 # --- prompts
 
 
 def test_long_prompts_are_cut_and_counted(folder):
-    pipe = P.load_pipeline(folder)
-    e, cut = P.encode_prompts(pipe, ["cat", "cat " * 40])
+    pipe = load_pipeline(folder)
+    e, cut = encode_prompts(pipe, ["cat", "cat " * 40])
     assert e.shape == (2, 16, 64) and cut == [0, 40 + 2 - 16]
 
 
 def test_the_token_takes_the_last_place_only(folder):
-    pipe = P.load_pipeline(folder)
-    plain, _ = P.encode_prompts(pipe, ["cat", "dog"])
+    pipe = load_pipeline(folder)
+    plain, _ = encode_prompts(pipe, ["cat", "dog"])
     token = torch.ones(2, 64)
-    with_it, _ = P.encode_prompts(pipe, ["cat", "dog"], token)
+    with_it, _ = encode_prompts(pipe, ["cat", "dog"], token)
     assert torch.equal(with_it[:, :-1], plain[:, :-1]) and torch.equal(with_it[:, -1], token)
-    call = P.conditions(pipe, ["cat", "dog"], "bad", token)
-    assert torch.equal(call["negative_prompt_embeds"], P.encode_prompts(pipe, ["bad"] * 2)[0])  # the other branch keeps its own last token
+    call = conditions(pipe, ["cat", "dog"], "bad", token)
+    assert torch.equal(call["negative_prompt_embeds"], encode_prompts(pipe, ["bad"] * 2)[0])  # the other branch keeps its own last token
     with pytest.raises(SettingError, match="5 numbers.*64"):
-        P.encode_prompts(pipe, ["cat", "dog"], token[:, :5])
+        encode_prompts(pipe, ["cat", "dog"], token[:, :5])
 
 
 def test_prompts_by_class(tmp_path):
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps(dict(cat=["a cat", "two cats"], dog=["a dog"], tree=["a tree"])))
-    assert P.class_prompts(CLASSES, P.Text2imageConfig(prompts=str(file)))[0] == ["a cat", "two cats"]
+    assert class_prompts(CLASSES, file=str(file))[0] == ["a cat", "two cats"]
     file.write_text(json.dumps(dict(cat=["a cat"])))
     with pytest.raises(DataError, match="no prompts for dog, tree"):
-        P.class_prompts(CLASSES, P.Text2imageConfig(prompts=str(file)))
-    assert P.class_prompts(["sea_lion"], P.Text2imageConfig()) == {0: ["sea lion, photo, best quality"]}
-    assert P.class_prompts(CLASSES, P.Text2imageConfig(names=dict(cat="Felis {x}")))[0] == ["Felis {x}, photo, best quality"]
+        class_prompts(CLASSES, file=str(file))
+    assert class_prompts(["sea_lion"]) == {0: ["sea lion, photo, best quality"]}
+    assert class_prompts(CLASSES, names=dict(cat="Felis {x}"))[0] == ["Felis {x}, photo, best quality"]
     with pytest.raises(SettingError, match="did you mean 'cat'"):
-        P.class_prompts(CLASSES, P.Text2imageConfig(names=dict(kat="x")))
+        class_prompts(CLASSES, names=dict(kat="x"))
 
 
 @pytest.mark.parametrize(
@@ -225,38 +251,38 @@ def test_side_files_are_keyed_by_image_and_resume(tmp_path):
             raise KeyboardInterrupt
         return [x.float().mean().view(1) for x in block]
 
-    args = dict(write=P.write_vectors, read=P.read_vectors, meta=dict(model="mean"), batch=2, every=1)
+    args = dict(write=write_vectors, read=read_vectors, meta=dict(model="mean"), batch=2, every=1)
     path = tmp_path / "values.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        P.by_digest(path, images, lambda b: make(b, 3), **args)
+        by_digest(path, images, lambda b: make(b, 3), **args)
     assert len(list(tmp_path.glob("values.part-*"))) == 2 and not path.exists()
     calls.clear()
-    values = P.by_digest(path, images, make, **args)
+    values = by_digest(path, images, make, **args)
     assert calls == [[4, 5], [6, 7], [8, 9]]  # what was written is not made again, nor is an image that is there twice
     assert [p.name for p in tmp_path.iterdir()] == ["values.safetensors"] and len(values) == 10
     some = torch.tensor([7, 2, 10])
-    assert P.vectors_for(images[some], values)[:, 0].tolist() == [7, 2, 3]
-    more = P.by_digest(path, torch.cat([images, images[:1] + 50]), make, **args)  # one more image: only that one is worked on
+    assert vectors_for(images[some], values)[:, 0].tolist() == [7, 2, 3]
+    more = by_digest(path, torch.cat([images, images[:1] + 50]), make, **args)  # one more image: only that one is worked on
     assert calls[3:] == [[50, 50]] and len(more) == 11
     with pytest.raises(SettingError, match="another model"):
-        P.by_digest(path, images, make, **{**args, "meta": dict(model="median")})
+        by_digest(path, images, make, **{**args, "meta": dict(model="median")})
 
 
 def test_image_embeddings_do_not_depend_on_the_batch(folder, real, tmp_path):
-    values = P.embed_images(real.images, str(folder), tmp_path / "e.safetensors", batch=4)
-    flipped = P.embed_images(real.images.flip(0), str(folder), tmp_path / "f.safetensors", batch=4)
+    values = embed_images(real.images, str(folder), tmp_path / "e.safetensors", batch=4)
+    flipped = embed_images(real.images.flip(0), str(folder), tmp_path / "f.safetensors", batch=4)
     assert values.keys() == flipped.keys() and all(torch.equal(values[k], flipped[k]) for k in values)
-    grey = P.embed_images(real.images[:, :1], str(folder), tmp_path / "g.safetensors", batch=4)
+    grey = embed_images(real.images[:, :1], str(folder), tmp_path / "g.safetensors", batch=4)
     assert next(iter(grey.values())).shape == (64,)
-    back, meta = P.read_vectors(tmp_path / "e.safetensors")
-    assert meta["weights"] and torch.equal(P.vectors_for(real.images, back), P.vectors_for(real.images, values))
+    back, meta = read_vectors(tmp_path / "e.safetensors")
+    assert meta["weights"] and torch.equal(vectors_for(real.images, back), vectors_for(real.images, values))
 
 
 def test_an_encoder_without_safetensors_is_refused(mine):
     weights = mine / "image_encoder" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
     with pytest.raises(SettingError, match="pickles"):
-        P.load_encoder(str(mine))
+        load_encoder(str(mine))
 
 
 @pytest.fixture(scope="module")
@@ -272,17 +298,17 @@ def captioner(tmp_path_factory):
     text |= dict(projection_dim=16, max_position_embeddings=64, bos_token_id=5, sep_token_id=3, eos_token_id=3, pad_token_id=0)
     vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=16)
     torch.manual_seed(0)
-    with P.quiet():
+    with quiet():
         BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
         BlipProcessor(BlipImageProcessor(size=dict(height=16, width=16)), tokenizer).save_pretrained(folder)
     return folder
 
 
 def test_captions_of_a_model(captioner, real, tmp_path):
-    captions = P.captions_of(real.images, str(captioner), tmp_path / "c.parquet", batch=4)
-    assert set(captions) == set(P.image_digests(real.images)) and all(isinstance(t, str) for t in captions.values())
-    assert P.captions_of(real.images, str(tmp_path / "c.parquet")) == {k: v for k, v in captions.items() if v} or not all(captions.values())
-    assert P.captions_of(real.images.flip(0), str(captioner), tmp_path / "d.parquet", batch=4) == captions
+    captions = captions_of(real.images, str(captioner), tmp_path / "c.parquet", batch=4)
+    assert set(captions) == set(image_digests(real.images)) and all(isinstance(t, str) for t in captions.values())
+    assert captions_of(real.images, str(tmp_path / "c.parquet")) == {k: v for k, v in captions.items() if v} or not all(captions.values())
+    assert captions_of(real.images.flip(0), str(captioner), tmp_path / "d.parquet", batch=4) == captions
 
 
 def test_captions_of_files(real, tmp_path):
@@ -290,7 +316,7 @@ def test_captions_of_files(real, tmp_path):
     import pyarrow.parquet as pq
 
     texts = [f"number {i}" for i in range(7)]
-    want = dict(zip(P.image_digests(real.images), texts))
+    want = dict(zip(image_digests(real.images), texts))
     (tmp_path / "c.json").write_text(json.dumps(want))
     images = tmp_path / "images"
     images.mkdir()
@@ -309,24 +335,24 @@ def test_captions_of_files(real, tmp_path):
         (images / "metadata.jsonl", "text"),
         (tmp_path / "train-0.parquet", "words"),
     ):
-        assert P.captions_of(real.images, str(source), column=column) == want
-    prompts = P.caption_prompts(real, want, P.Text2imageConfig(captions="x"))
+        assert captions_of(real.images, str(source), column=column) == want
+    prompts = caption_prompts(real, want)
     assert prompts[2] == [f"photo of tree, number {i}, best quality" for i in (1, 4, 6)]
     with pytest.raises(DataError, match="no column 'text'"):
-        P.captions_of(real.images, str(tmp_path / "train-0.parquet"))
+        captions_of(real.images, str(tmp_path / "train-0.parquet"))
     (tmp_path / "bad.json").write_text("[")
     with pytest.raises(DataError, match="cannot be read as captions"):
-        P.captions_of(real.images, str(tmp_path / "bad.json"))
+        captions_of(real.images, str(tmp_path / "bad.json"))
 
 
 def test_missing_captions(real, capsys):
-    some = dict(list(zip(P.image_digests(real.images), "abcdefg"))[1:])
+    some = dict(list(zip(image_digests(real.images), "abcdefg"))[1:])
     with pytest.raises(DataError, match=r"1 of 7 training images have no caption, the first is image 0 \(class cat\)"):
-        P.caption_prompts(real, some, P.Text2imageConfig(captions="x"))
-    prompts = P.caption_prompts(real, some, P.Text2imageConfig(captions="x", missing="template"))
+        caption_prompts(real, some)
+    prompts = caption_prompts(real, some, missing="template")
     assert prompts[0][0] == "cat, photo, best quality" and "1 of 7" in capsys.readouterr().out
     with pytest.raises(DataError, match="belong to other images"):
-        P.caption_prompts(real, {"0" * 64: "x"}, P.Text2imageConfig(captions="x", missing="template"))
+        caption_prompts(real, {"0" * 64: "x"}, missing="template")
 
 
 # --- the generator
@@ -341,7 +367,7 @@ def test_an_image_does_not_depend_on_its_batch(g, dials):
     assert not torch.equal(g.sample(Y, I, seed=6, **dials), whole)
 
 
-@pytest.mark.parametrize("scheduler", [k for k in P.SCHEDULERS if k != "unipc"])
+@pytest.mark.parametrize("scheduler", [k for k in SCHEDULERS if k != "unipc"])
 def test_every_scheduler_draws_by_address(facts, real, scheduler):
     h = generator(facts, real, scheduler=scheduler, steps=4)
     for dials in ({}, dict(strength=0.5)):
@@ -368,7 +394,6 @@ def test_prompt_reference_and_token_belong_together(facts, real, monkeypatch):
     tokens = torch.arange(7.0).view(-1, 1).repeat(1, 64)
     h = generator(facts, real, tokens=tokens).altered(prompts={0: ["p0", "p2", "p5"], 1: ["p3"], 2: ["p1", "p4", "p6"]})
     seen = []
-    conditions = P.conditions
     monkeypatch.setattr(P, "conditions", lambda pipe, prompts, neg, t: seen.append((prompts, t)) or conditions(pipe, prompts, neg, t))
     h.sample([0, 2, 0, 1, 2, 0], [1, 3, 5, 9, 1, 0])
     got = [(p, int(v)) for prompts, t in seen for p, v in zip(prompts, t[:, 0])]
@@ -390,7 +415,7 @@ def test_save_and_load(g, tmp_path):
 
 
 def test_digest_is_of_what_decides_the_pictures(g, mine, tmp_path):
-    moved = g.altered(facts=P.pipeline_facts(str(mine)) | dict(licence="x"))
+    moved = g.altered(facts=pipeline_facts(str(mine)) | dict(licence="x"))
     assert moved.digest == g.digest
     assert g.altered(draw=replace(g.draw, offload=True)).digest == g.digest
     for draw in (dict(guidance=3.0), dict(scheduler="ddim"), dict(negative=""), dict(batch=4), dict(steps=4)):
@@ -400,7 +425,7 @@ def test_digest_is_of_what_decides_the_pictures(g, mine, tmp_path):
 
 
 def test_a_changed_pipeline_is_refused(facts, real, mine, tmp_path):
-    h = generator(P.pipeline_facts(str(mine)), real)
+    h = generator(pipeline_facts(str(mine)), real)
     h.save(tmp_path / "g")
     config = mine / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.013"))
@@ -450,7 +475,7 @@ def test_the_published_steps(facts, real, scheduler):
     clock = h.editor.scheduler
     clock.set_timesteps(100)
     for k in range(1, 100):
-        go, n = h.editor.get_timesteps(100, (P.steps_left(100, k / 100) + 0.5) / 100, "cpu")
+        go, n = h.editor.get_timesteps(100, (steps_left(100, k / 100) + 0.5) / 100, "cpu")
         assert len(go) == n == k and go[0] == clock.timesteps[-k]
 
 
@@ -461,7 +486,7 @@ def test_a_reference_is_noised_to_the_step_of_the_table(facts, real, monkeypatch
     monkeypatch.setattr(h.pipe.unet, "forward", lambda z, t, **kw: calls.append(int(t)) or forward(z, t, **kw))
     for shots, k in {16: 15, 8: 20}.items():
         calls.clear()
-        h.sample([0], [0], strength=P.strength_of(dict(shots=shots, strength=None)))
+        h.sample([0], [0], strength=strength_of(dict(shots=shots, strength=None)))
         assert len(calls) == k and calls == h.pipe.scheduler.timesteps[-k:].tolist()
     calls.clear()
     h.sample([0], [0], strength=0.29)
@@ -498,7 +523,7 @@ def test_guidance_off(g):
 def test_versions_are_complete_copies(g, real):
     seen = set()
     for v in range(3):
-        i = P.version_index(real.labels, v)
+        i = version_index(real.labels, v)
         cells = list(zip(real.labels.tolist(), i.tolist()))
         assert not seen & set(cells)
         seen |= set(cells)
@@ -508,10 +533,10 @@ def test_versions_are_complete_copies(g, real):
 
 
 def test_a_version_ends_and_parts_make_it_whole(g):
-    one = g.altered(ranges=P.index_ranges(g.counts, 1))
+    one = g.altered(ranges=index_ranges(g.counts, 1))
     assert [one.limit(c) for c in g.trained] == [3, 1, 3] and g.limit(0) is None and one.endless().limit(0) is None
     assert torch.equal(one.sample([0, 2], [2, 0]), g.sample([0, 2], [5, 3]))
-    parts = [g.altered(ranges=P.index_ranges(g.counts, 1, k, 2)) for k in range(2)]
+    parts = [g.altered(ranges=index_ranges(g.counts, 1, k, 2)) for k in range(2)]
     assert [sum(h.limit(c) for h in parts) for c in g.trained] == g.counts
     together = sorted((c, h.ranges[c][0] + j) for h in parts for c in g.trained for j in range(h.limit(c)))
     assert together == sorted((c, one.ranges[c][0] + j) for c in g.trained for j in range(one.limit(c)))
@@ -581,15 +606,8 @@ def test_versions_of_one_reference_differ(g):
 # --- LoRA
 
 
-def lora_for(pipe, rank=2, scale=0.3) -> dict:
-    layers = {n: m.weight.shape for n, m in pipe.unet.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))}
-    number = lambda n, *shape: torch.from_numpy(rng(0, f"lora.{n}").standard_normal(shape).astype(np.float32))
-    sides = {n: dict(lora_A=(rank, j), lora_B=(o, rank)) for n, (o, j) in layers.items()}
-    return {f"unet.{n}.{k}.weight": scale * number(n + k, *s) for n, ab in sides.items() for k, s in ab.items()}
-
-
 def test_lora_scale_and_off(g, tmp_path):
-    h = g.altered(lora=lora_for(g.pipe))
+    h = g.altered(lora=random_lora(g.pipe))
     base = g.sample(Y, I)
     assert torch.equal(h.sample(Y, I, lora_scale=0), base)  # bit for bit
     half, full = h.sample(Y, I, lora_scale=0.5), h.sample(Y, I, lora_scale=1)
@@ -602,7 +620,7 @@ def test_lora_scale_and_off(g, tmp_path):
 
 
 def test_lora_of_another_model_is_refused(g):
-    lora = lora_for(g.pipe)
+    lora = random_lora(g.pipe)
     for wrong in (
         {k: v.repeat(2, 2) for k, v in lora.items()},
         {k.replace("down_blocks.0", "down_blocks.9"): v for k, v in lora.items()},
@@ -613,19 +631,19 @@ def test_lora_of_another_model_is_refused(g):
 
 
 def test_lora_files(g, tmp_path):
-    lora = lora_for(g.pipe)
+    lora = random_lora(g.pipe)
     save_file(lora, tmp_path / "pytorch_lora_weights.safetensors")
-    assert P.read_lora(tmp_path).keys() == lora.keys()
+    assert read_lora(tmp_path).keys() == lora.keys()
     head = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})}
     save_file(lora, tmp_path / "twice.safetensors", head)
-    twice = P.read_lora(tmp_path / "twice.safetensors")
+    twice = read_lora(tmp_path / "twice.safetensors")
     assert all(torch.equal(twice[k], v * (2 if "lora_B" in k else 1)) for k, v in lora.items())
     (tmp_path / "x.bin").write_bytes(b"x")
     with pytest.raises(SettingError, match="others are pickles"):
-        P.read_lora(tmp_path / "x.bin")
+        read_lora(tmp_path / "x.bin")
     (tmp_path / "x.safetensors").write_bytes(b"x")
     with pytest.raises(DamagedFile, match="x.safetensors"):
-        P.read_lora(tmp_path / "x.safetensors")
+        read_lora(tmp_path / "x.safetensors")
 
 
 def test_a_lora_file_of_diffusers_is_read(g, tmp_path):
@@ -634,10 +652,10 @@ def test_a_lora_file_of_diffusers_is_read(g, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipe = P.load_pipeline(g.facts["at"])
+    pipe = load_pipeline(g.facts["at"])
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
-    h = g.altered(lora=P.read_lora(tmp_path))
+    h = g.altered(lora=read_lora(tmp_path))
     assert torch.equal(h.sample(Y[:2], I[:2], lora_scale=1), g.sample(Y[:2], I[:2]))  # a new LoRA changes nothing yet: its B is zero
 
 
@@ -650,7 +668,7 @@ def xl(folder, tmp_path_factory):
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    base, out = P.load_pipeline(folder), tmp_path_factory.mktemp("xl") / "xl"
+    base, out = load_pipeline(folder), tmp_path_factory.mktemp("xl") / "xl"
     n = len(base.tokenizer)
     text = dict(vocab_size=n, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16, projection_dim=32)
     text |= dict(eos_token_id=base.tokenizer.eos_token_id, bos_token_id=base.tokenizer.bos_token_id, hidden_size=32)
@@ -662,18 +680,18 @@ def xl(folder, tmp_path_factory):
     )  # fmt: skip
     one, two = CLIPTextModel(CLIPTextConfig(**text)), CLIPTextModelWithProjection(CLIPTextConfig(**text))
     parts = dict(vae=base.vae, text_encoder=one, text_encoder_2=two, tokenizer=base.tokenizer, tokenizer_2=base.tokenizer, unet=unet)
-    with P.quiet():
+    with quiet():
         StableDiffusionXLPipeline(**parts, scheduler=base.scheduler, add_watermarker=False).save_pretrained(out)
     return out
 
 
 def test_sdxl_draws_by_address(xl, real):
-    h = generator(P.pipeline_facts(str(xl)), real)
+    h = generator(pipeline_facts(str(xl)), real)
     for dials in ({}, dict(strength=0.7)):
         whole = h.sample(Y, I, **dials)
         assert torch.equal(h.sample(Y[[3, 0]], I[[3, 0]], **dials), whole[[3, 0]]) and whole.float().std() > 1
     assert h.flops == 0
-    lora = h.altered(lora=lora_for(h.pipe))
+    lora = h.altered(lora=random_lora(h.pipe))
     assert torch.equal(lora.sample(Y, I, lora_scale=0), h.sample(Y, I)) and not torch.equal(lora.sample(Y, I, lora_scale=1), h.sample(Y, I))
 
 
@@ -682,7 +700,7 @@ def test_an_sdxl_refiner_is_refused(xl, tmp_path):
     index = json.loads((mine / "model_index.json").read_text())
     (mine / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]}))
     with pytest.raises(DataError, match="component text_encoder is missing"):
-        P.check_folder(mine)
+        check_folder(mine)
 
 
 # --- the stage
@@ -732,7 +750,7 @@ def test_captions_in_the_stage(tmp_path, captioner):
     assert (stage.dir / "captions.parquet").exists() and " with " in r["example"]
     file = tmp_path / "captions.json"
     train = load_split(tmp_path / "run" / "splits", "train")
-    file.write_text(json.dumps({k: "word " * 30 for k in P.image_digests(train.images)}))
+    file.write_text(json.dumps({k: "word " * 30 for k in image_digests(train.images)}))
     _, r = run(tmp_path, "from_file", captions=str(file))
     assert r["truncated"] == r["prompts"] == 10 and r["most_cut"] > 10
 

@@ -8,11 +8,11 @@ import torch
 
 from synthlit import imagetext as I
 from synthlit import prompts as P
+from synthlit.conditions import class_prompts
 from synthlit.core import SettingError, load_json, resolve, rng, small_stage, stage_parts
 from synthlit.data import DataError
 from synthlit.filter import Pool, Scores, accept, keep_rule
 from synthlit.generator import fit_floor
-from synthlit.pipelines import Text2imageConfig, class_prompts
 from synthlit.splits import load_split
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -208,7 +208,7 @@ def test_stage_with_the_grammar(run):
     classes = load_split(run / "splits", "train").classes
     assert list(prompts) == list(classes) and all(len(set(v)) == 20 for v in prompts.values())
     assert r["named"] == 1 and r["shared"] == 0 and r["sentences"] == 200
-    assert class_prompts(classes, Text2imageConfig(prompts=str(run / "prompts" / "prompts.json")))[3] == prompts["3"]
+    assert class_prompts(classes, file=str(run / "prompts" / "prompts.json"))[3] == prompts["3"]
 
 
 def test_stage_with_a_model_repeats(run, writers):
