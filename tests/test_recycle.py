@@ -26,7 +26,6 @@ from synthlit.core import (
 from synthlit.evaluate import EvaluateConfig, recycled_rows, sources_of
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
 from synthlit.generator import Generator, fit_floor, load_generator
-from synthlit.multigen import MultigenConfig, run_multigen
 from synthlit.networks import build_net
 from synthlit.pipeline import main
 from synthlit.recycle import ImageSet, Member, Recycled, load_member, share_out, stream_class
@@ -323,14 +322,21 @@ def test_fixed_sets_can_be_left_out(tiny_copy):
 
 def test_shares_that_are_given_are_kept(tiny_copy):
     """One mixture, no other is tried; a set without a share is not in it, one that is not there is named."""
-    mix_of = lambda name, **how: run_multigen(open_stage("multigen", resolve(MultigenConfig, dict(per_class=20, **how)), tiny_copy, name))
-    r = mix_of("mine", shares={"filter-seed0": 0.75, "filter-seed1": 0.25})
-    rows = load_table(tiny_copy / "mine" / "mixture.parquet").to_pydict()
+    sets = ("filter-seed0", "filter-seed1")
+
+    def mix_of(name, *shares, **how):
+        inputs = dict(accepted=[*sets], classifier="classifier")
+        small_stage(tiny_copy, "multigen", name, inputs, per_class=20, proxy=0.02, shares=dict(zip(sets, shares)), **how)
+        return load_json(tiny_copy / name / "result.json")
+
+    r = mix_of("uneven", 0.75, 0.25)
+    rows = load_table(tiny_copy / "uneven" / "mixture.parquet").to_pydict()
     assert r["chosen"] == "given" and len(r["trials"]) == 1 and rows["source"].count("filter-seed0") == 150 and len(rows["label"]) == 200
-    r = mix_of("one", at_least=1, shares={"filter-seed0": 0.0, "filter-seed1": 1.0})
+    r = mix_of("one", 0.0, 1.0, at_least=1)
     assert r["sources"] == ["filter-seed1"] and r["shares"] == {"filter-seed1": 1.0}
     with pytest.raises(SettingError, match="no filtered set is called 'filter-sed0'"):
-        mix_of("wrong", shares={"filter-sed0": 0.5, "filter-seed1": 0.5})
+        with_typo = dict(accepted=["filter-seed0", "filter-seed1"], classifier="classifier")
+        small_stage(tiny_copy, "multigen", "typo", with_typo, per_class=20, shares={"filter-sed0": 0.5, "filter-seed1": 0.5})
 
 
 def test_checkpoints_that_were_not_kept_are_named(tiny_run):
