@@ -72,7 +72,8 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_run(home, tmp_path_factory):
     """A finished run of TINY_CHAIN: `.run` (its folder), `.params`, `.seconds`. Read only: `tiny_copy` is there to be changed."""
-    from synthlit.pipeline import read_params, run_chain
+    from synthlit.pipeline import run_chain
+    from synthlit.plan import read_params
 
     start = time.time()
     params = read_params(TINY_CHAIN)

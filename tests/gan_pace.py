@@ -17,7 +17,7 @@ import torch
 
 from synthlit.core import rng
 from synthlit.gan.train import GanConfig, GanState, gan_step, new_batches, set_reference
-from synthlit.pipeline import plan, read_params
+from synthlit.plan import plan, read_params
 from synthlit.splits import Split, data_facts
 
 ROUNDS, WARM = 8, 2

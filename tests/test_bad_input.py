@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from synthlit import core, pipeline
+from synthlit.cli import main
 from synthlit.core import (
     STAGES,
     Checkpoints,
@@ -30,7 +31,7 @@ from synthlit.core import (
     save_tensors,
     small_stage,
 )
-from synthlit.pipeline import main, plan, read_params
+from synthlit.plan import plan, read_params
 from synthlit.splits import DataError, SplitsConfig, load_data
 
 CHAIN = {k: {} for k in ("splits", "classifier", "gan", "generate", "filter", "multigen", "evaluate")} | {"gan": {"seed": [0, 1]}}
@@ -483,7 +484,7 @@ def test_stage_folder_in_use(tiny_copy, monkeypatch):
         other.communicate()
 
 
-LIMITED = "import sys; from synthlit.pipeline import main; sys.exit(main(sys.argv[1:]))"
+LIMITED = "import sys; from synthlit.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def test_full_disk(tmp_path):

@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from synthlit.cli import main
 from synthlit.compare import COMPARED, compare_runs, compared, difference
 from synthlit.core import (
     SettingError,
@@ -32,7 +33,8 @@ from synthlit.core import (
     stage_parts,
 )
 from synthlit.generator import load_generator
-from synthlit.pipeline import main, parameters_of, plan, read_params, resolved
+from synthlit.pipeline import parameters_of
+from synthlit.plan import plan, read_params, resolved
 from synthlit.report import headline_row
 from synthlit.splits import load_split, open_test, openings
 from synthlit.utility import load_predictions

@@ -361,7 +361,7 @@ def test_gafi_crop_is_filled_with_grey():
 
 
 def test_unknown_recipe_names_the_nearest():
-    from synthlit.pipeline import plan, read_params
+    from synthlit.plan import plan, read_params
 
     with pytest.raises(SettingError, match="did you mean 'gafi'"):
         plan(read_params(dict(stages=dict(splits={}, classifier=dict(preset="gaffi")))))
@@ -402,7 +402,7 @@ def test_the_first_bad_step_is_named(digits, tmp_path, every, kept):
     "name,words", [("fst", "did you mean 'fast'"), ("resnet21", "depth 6n"), ("nowhere.at:all", "PYTHONPATH"), ("torch.nn:Nothing", "PYTHONPATH")]
 )
 def test_networks_are_refused_before_anything_runs(name, words):
-    from synthlit.pipeline import plan, preflight, read_params
+    from synthlit.plan import plan, preflight, read_params
 
     with pytest.raises(SettingError, match=words):
         preflight(plan(read_params(dict(stages=dict(splits={}, classifier=dict(network=name))))))

@@ -3,9 +3,11 @@
 import time
 from dataclasses import replace
 
+from synthlit.cli import main
 from synthlit.core import load_json, load_table
 from synthlit.generator import load_generator
-from synthlit.pipeline import main, read_params, run_chain
+from synthlit.pipeline import run_chain
+from synthlit.plan import read_params
 from synthlit.report import ReportConfig, RunView, fewshot_section, fewshot_table
 from synthlit.splits import openings
 

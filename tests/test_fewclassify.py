@@ -54,7 +54,7 @@ from synthlit.fewclassify import (
     tuned_path,
 )
 from synthlit.generator import load_generator
-from synthlit.pipeline import plan, preflight, read_params
+from synthlit.plan import plan, preflight, read_params
 from synthlit.splits import openings
 
 SMALL = dict(

@@ -44,7 +44,7 @@ from synthlit.gan.film import of_kind
 from synthlit.gan.models import DCGenerator, build_gan
 from synthlit.gan.train import GanConfig, Watcher, across, as_generator, gan_step, judge, new_batches, train_gan
 from synthlit.generator import load_generator
-from synthlit.pipeline import plan, preflight, read_params
+from synthlit.plan import plan, preflight, read_params
 from synthlit.splits import SplitsConfig, data_facts, load_split, supports_of
 
 TOP = Path(__file__).parents[1]

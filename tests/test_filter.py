@@ -14,7 +14,7 @@ from synthlit.gan.train import GanConfig, stage_splits
 from synthlit.generator import load_generator
 from synthlit.imagetext import ImageText, random_image_text
 from synthlit.multigen import Mixer, MultigenConfig, drawn_alike
-from synthlit.pipeline import plan, preflight
+from synthlit.plan import plan, preflight
 from synthlit.recycle import load_member
 from synthlit.splits import load_split
 

@@ -3,7 +3,8 @@
 import time
 
 from synthlit.core import load_json, load_table
-from synthlit.pipeline import read_params, run_chain
+from synthlit.pipeline import run_chain
+from synthlit.plan import read_params
 from synthlit.splits import openings
 
 

@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from synthlit.core import read_manifest
-from synthlit.pipeline import StageFailed, read_params, run_chain
+from synthlit.pipeline import StageFailed, run_chain
+from synthlit.plan import read_params
 
 SOME = ("splits", "classifier", "gan", "generate", "filter")
 

@@ -6,8 +6,10 @@ import time
 import pytest
 from test_chain import command, digests
 
+from synthlit.cli import main
 from synthlit.core import notebooks_dir
-from synthlit.pipeline import main, plan, read_params, thinned
+from synthlit.plan import plan, read_params
+from synthlit.rehearsal import thinned
 
 PARAMS = sorted((notebooks_dir() / "params").glob("*.yaml"))
 

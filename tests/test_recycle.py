@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from synthlit.classifier import CLASSIFIER_PRESETS, CPU, Classifier, ClassifierConfig, Fixed, epoch_order, load_classifier, train_classifier
+from synthlit.cli import main
 from synthlit.core import (
     Checkpoints,
     SettingError,
@@ -27,7 +28,6 @@ from synthlit.evaluate import EvaluateConfig, recycled_rows, sources_of
 from synthlit.filter import RULES, Pool, Scores, accept, images_at, keep_rule
 from synthlit.generator import Generator, fit_floor, load_generator
 from synthlit.networks import build_net
-from synthlit.pipeline import main
 from synthlit.recycle import ImageSet, Member, Recycled, load_member, share_out, stream_class
 from synthlit.search import (
     SEARCH_PRESETS,

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from synthlit.cli import main
 from synthlit.core import SettingError, global_rng, load_json, rng, save_json
 from synthlit.gan.models import build_generator
 from synthlit.gan.sample import (
@@ -26,7 +27,6 @@ from synthlit.gan.sample import (
 from synthlit.gan.train import GanGenerator
 from synthlit.generate import load_set
 from synthlit.generator import GaussianFloor, fit_floor, latents, load_generator
-from synthlit.pipeline import main
 from synthlit.splits import Split, load_split
 
 NAMES = ["cat", "dog", "7", "T-shirt/top", "owl"]  # a name that is a number, and not that of its own place

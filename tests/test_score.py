@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from synthlit.classifier import Classifier, ClassifierConfig, new_net
+from synthlit.cli import main
 from synthlit.core import SettingError, load_json, resolve, rng, save_table
 from synthlit.data import DataError
 from synthlit.generate import shard_table, write_folder
 from synthlit.metrics import frechet_distance, load_reference
-from synthlit.pipeline import main
 from synthlit.score import network_of, read_set, score, score_sets
 
 CLASSES = ["cat", "dog"]

@@ -26,7 +26,7 @@ from synthlit.filter import Pool, Scores, accept, keep_rule
 from synthlit.generate import Maker, Rows, addresses, load_set, write_folder, write_shards
 from synthlit.generator import GaussianFloor, fit_floor, load_generator
 from synthlit.imported import ImageSet, ImportedConfig, load_made
-from synthlit.pipeline import plan, preflight, read_params
+from synthlit.plan import plan, preflight, read_params
 from synthlit.recycle import Member, Recycled
 from synthlit.splits import SplitsConfig, cut_data, load_data
 

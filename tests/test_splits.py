@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 
+from synthlit.cli import main
 from synthlit.core import DamagedFile, SettingError, load_json, read_manifest, resolve, run_machine, save_json, save_table, small_stage
 from synthlit.data import SETS, DataError, encode, load_arrays
 from synthlit.evaluate import refuse_contamination
-from synthlit.pipeline import main, plan, preflight, read_params
+from synthlit.plan import plan, preflight, read_params
 from synthlit.splits import (
     SPLITS_PRESETS,
     SplitsConfig,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from synthlit.core import notebooks_dir
-from synthlit.pipeline import plan, read_params
+from synthlit.plan import plan, read_params
 
 KEYS = [
     "kind_g",

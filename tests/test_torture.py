@@ -51,7 +51,7 @@ class Runner:
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent / "fault"), os.environ.get("PYTHONPATH")]))
         self.log, self.run = run / "torture.log", run
         with open(self.log, "w") as out:
-            code = "import sys; from synthlit.pipeline import main; sys.exit(main())"
+            code = "import sys; from synthlit.cli import main; sys.exit(main())"
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, "run", str(params), "--out", str(run)],
                 stdout=out,

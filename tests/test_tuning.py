@@ -35,7 +35,7 @@ from synthlit.core import (
 )
 from synthlit.data import DataError
 from synthlit.imagetext import ImageText, random_image_text
-from synthlit.pipeline import plan, preflight
+from synthlit.plan import plan, preflight
 from synthlit.splits import load_split, openings, read_part, save_split
 
 NAMES = [str(i) for i in range(10)]

@@ -72,7 +72,8 @@ def test_a_chain_runs_from_the_wheel(site, tmp_path):
     code = """
         import sys
         import synthlit.core
-        from synthlit.pipeline import main, plan, read_params
+        from synthlit.cli import main
+        from synthlit.plan import plan, read_params
         print(synthlit.core.__file__, synthlit.core.notebooks_dir(), len(plan(read_params("digits"))))  # a file that comes along, by its name
         code = main(["run", "two.yaml"])
         print(synthlit.core.code_digest("splits"), synthlit.core.code_digest("classifier"))
