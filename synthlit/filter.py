@@ -356,8 +356,8 @@ def save_rejected(stage: Stage, pool: Pool, rule, rows: dict, per_class: int = 2
     used = set(zip(rows['label'].tolist(), rows['index'].tolist()))
     out = {c: torch.nonzero(~pool.kept(c, 0, pool.seen(c), rule))[:, 0].tolist() for c in pool.g.trained}
     gone = {c: [i for i in some if (c, i) not in used][:per_class] for c, some in out.items()}
-    rows = [dict(label=c, index=i, score=float(pool.columns[c]['own'][i])) for c, some in gone.items() for i in some]
-    save_table(stage.dir/'rejected.parquet', rows or dict(label=np.empty(0, np.int64), index=np.empty(0, np.int64), score=np.empty(0)))
+    table = [dict(label=c, index=i, score=float(pool.columns[c]['own'][i])) for c, some in gone.items() for i in some]
+    save_table(stage.dir/'rejected.parquet', table or dict(label=np.empty(0, np.int64), index=np.empty(0, np.int64), score=np.empty(0)))
 
 def load_accepted(folder, device='cpu') -> tuple:
     "(generator, rows, result) of a filter stage's folder."
