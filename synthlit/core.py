@@ -275,7 +275,7 @@ def pick_device(
     have = ['cpu', *[f'cuda:{i}' for i in range(torch.cuda.device_count())], *(['mps'] if torch.backends.mps.is_available() else [])]
     if name == 'auto': return have[1] if len(have) > 1 else 'cpu'
     if name == 'cuda' and len(have) > 1 and have[1] == 'cuda:0': return 'cuda:0'
-    if name not in have: raise SettingError(f'device {name!r} is not there; this machine has: {", ".join(have)}')
+    if name not in have: raise SettingError(f'device {name!r} is not there; this machine has: {", ".join(have)} (machine.device)')
     return name
 
 def cores() -> int:

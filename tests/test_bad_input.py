@@ -170,7 +170,7 @@ def test_settings_are_refused_before_anything_runs(asked, stages, words):
         ("stages: {splits: {}}\nmachine: {gpu: 1}", ["machine.gpu"]),
         ("stages: {splits: {}}\nmachine: cpu", ["machine"]),
         ("stages: {splits: {}}\nmachine: {device: 'cuda:7'}", ["'cuda:7' is not there", "cpu"]),
-        ("stages: {splits: {}}\nmachine: {device: gpu}", ["'gpu' is not there", "cpu"]),
+        ("stages: {splits: {}}\nmachine: {device: gpu}", ["'gpu' is not there", "cpu", "machine.device"]),
         ("stages: {splits: {}}\nmachine: {device: cpu, threads: -1}", ["threads"]),
         ("stages: {splits: {}}\nmachine: {device: cpu, threads: two}", ["threads"]),
     ],
@@ -198,7 +198,8 @@ def test_command_lines_are_refused_before_anything_runs(asked, argv, words):
 
 
 def test_parameter_file_that_is_not_there(refused):
-    refused(["no parameter file", "digits"], "run", "digitz.yaml")
+    refused(["no parameter file", "did you mean 'digits'"], "run", "digitz.yaml")
+    refused(["01_splits.ipynb is a notebook"], "run", "nbs/01_splits.ipynb")
 
 
 def test_numbers_written_with_exponents(tmp_path, monkeypatch):

@@ -459,7 +459,11 @@ class Watcher:
         self.stage, self.cfg, self.val, self.trained, self.watched = stage, cfg, val, trained, watched
         self.watch = watch or Watch(val, classifier, watched, cfg.n_eval, cfg.inception)  # generator -> measures, `frechet` among them
         self.batches = new_batches(cfg, val, watched, min(256, len(val)//cfg.pack*cfg.pack), stage.device, True)
-    advice = 'Try gan.pack = 2, another loss or smaller rates; gan.collapse = 0 never stops'
+    @property
+    def advice(self) -> str:
+        "What may help a training that has collapsed, besides what is set already."
+        pack = 'gan.pack = 2, ' if self.cfg.pack < 2 else ''
+        return f'Try {pack}another seed or loss, smaller rates, or more images; gan.collapse = 0 never stops'
     def generator(self, s) -> Generator: return as_generator(s, self.val, self.trained)
     def judge(self, s, g) -> dict: return judge(s, self.batches, g.net)
     def keep(self, s, step: int):
