@@ -146,10 +146,10 @@ def keep_rule(name: str, tau: float, most: float = 1.):
     if name not in RULES: raise SettingError(f'rule = {name!r}: {nearest(name, RULES)}')
     if not 0 <= tau <= 1 or tau == 1 and name not in ('best_share', 'near_real'):
         raise SettingError(f'tau = {tau}: {name} takes a number from 0 to below 1; nothing lies above 1')
-    column, made_from = NEEDS.get(name, ('own', ''))
     more = dict(most=most) if name == 'doubtful' else {}
     def rule(images, labels, scores):
-        if column not in scores: raise SettingError(f'rule = {name!r} reads {column!r}, which is not there: give Scores its `{made_from}`')
+        if name in NEEDS and NEEDS[name][0] not in scores:
+            raise SettingError('rule = {!r} reads {!r}, which is not there: give Scores its `{}`'.format(name, *NEEDS[name]))
         return RULES[name](images, labels, scores, tau, **more)
     return rule
 

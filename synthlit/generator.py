@@ -47,7 +47,8 @@ def check_spread(std, truncation: float = 0.):
     low, high = std if isinstance(std, (list, tuple)) and len(std) == 2 else (std, std)
     if not all(isinstance(v, (int, float)) for v in (low, high)) or not 0 < low <= high:
         raise SettingError(f'std = {std}: a positive number, or two of which the first is not larger')
-    if truncation < 0: raise SettingError(f'truncation = {truncation}: 0 (off) or a positive number, such as 2')
+    if not isinstance(truncation, (int, float)) or truncation < 0:
+        raise SettingError(f'truncation = {truncation}: 0 (off) or a positive number, such as 2')
     return low, high
 
 def turned(

@@ -67,7 +67,7 @@ def find_params(source) -> Path:
     "A parameter file, by its path or by the name of one that comes with synthlit."
     p, there = Path(source), notebooks_dir()/'params'
     if p.suffix == '.ipynb': raise SettingError(f'{source} is a notebook, not a parameter file (YAML): papermill runs one, this a chain')
-    if (p/'params.yaml').is_file(): raise SettingError(f'{source} is a run folder; its parameter file is {p/"params.yaml"}')
+    if len(p.parts) > 1 and (p/'params.yaml').is_file(): raise SettingError(f'{source} is a run folder; its parameter file is {p/"params.yaml"}')
     for q in (p, there/p.name, there/f'{p.name}.yaml'):
         if q.is_file(): return q
     raise SettingError(f'no parameter file {source}; {nearest(p.stem, sorted(q.stem for q in there.glob("*.yaml")))}')

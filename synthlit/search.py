@@ -53,7 +53,8 @@ class SearchConfig:
             if len(set(v := getattr(self, k))) < len(v): raise SettingError(f'search.{k} = {v}: a value is said twice')
         if self.method == 'published' and 'ckpt' not in self.only and (len(self.ckpts) > 1 or self.ckpts == ['all']):
             raise SettingError(f'search.only = {self.only} leaves the checkpoint as it is: name it, one, in search.ckpts (now {self.ckpts})')
-        if 'best_share' in self.rules and (self.taus == [0.] or self.method == 'published' and 0 in self.taus):
+        used = self.rules if self.method == 'fast' else self.rules[:1]
+        if 'best_share' in used and (self.taus == [0.] or self.method == 'published' and 0 in self.taus):
             raise SettingError(f'search.taus = {self.taus}: best_share of 0 keeps nothing; begin at 0.1')
         check_dials('search', self)
         if 'std' in self.dials: raise SettingError(f'search.dials = {self.dials}: std is what search.stds are for')

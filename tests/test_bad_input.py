@@ -119,6 +119,7 @@ def chain(**stages) -> dict:
         ({"filter": {"dials": {"std": [1.5, 1]}}}, ["filter.dials", "std = [1.5, 1]"]),
         ({"filter": {"std": 1.2, "dials": {"std": 1}}}, ["filter.dials", "say std once"]),
         ({"generate": {"dials": {"truncation": -2}}}, ["generate.dials", "truncation = -2"]),
+        ({"generate": {"dials": {"truncation": "two"}}}, ["generate.dials", "truncation = two"]),
         ({"filter": {"rule": "doubtful", "tau": [0.5], "most": 0.3}}, ["filter.tau = 0.5", "filter.most = 0.3"]),
         ({"filter": {"rule": "best_share", "tau": [0.0]}}, ["filter.tau = 0", "best_share"]),
         ({"search": {"rules": ["best_share"], "taus": [0.0]}}, ["search.taus", "best_share"]),
@@ -200,6 +201,16 @@ def test_command_lines_are_refused_before_anything_runs(asked, argv, words):
 def test_parameter_file_that_is_not_there(refused):
     refused(["no parameter file", "did you mean 'digits'"], "run", "digitz.yaml")
     refused(["01_splits.ipynb is a notebook"], "run", "nbs/01_splits.ipynb")
+
+
+def test_a_run_folder_is_not_a_parameter_file(tmp_path, monkeypatch):
+    """By its path; a bare name still means a file that comes with synthlit, wherever one stands."""
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "params.yaml").write_text("stages: {splits: {}}")
+    with pytest.raises(SettingError, match="is a run folder; its parameter file is"):
+        read_params(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert read_params("digits")["stages"].keys() > {"splits"}
 
 
 def test_numbers_written_with_exponents(tmp_path, monkeypatch):
