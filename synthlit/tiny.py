@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'PARTS', 'TINY_PRESETS', 'LOSSES', 'TinyConfig', 'joined', 'word_merges', 'make_tokenizer',
            'make_text_encoder', 'make_image_encoder', 'make_image_processor', 'make_vae', 'make_unet', 'make_scheduler',
-           'quietly', 'assemble', 'random_pipeline', 'open_pipeline', 'draw', 'captioned', 'numbers_of', 'encode_text',
-           'TinyState', 'latent_of', 'vae_loss', 'latent_scale', 'clip_loss', 'class_embeddings', 'image_embeddings',
-           'zero_shot', 'unet_loss', 'tiny_step', 'as_pipeline', 'TinyWatch', 'reconstruct', 'psnr', 'tile', 'samples',
-           'train_tiny', 'check_loss', 'token_scale', 'as_clip', 'save_pipeline', 'work_tiny', 'run_tiny',
-           'finish_tiny']
+           'quietly', 'assemble', 'random_pipeline', 'open_pipeline', 'draw', 'captioned', 'gathered', 'together',
+           'numbers_of', 'encode_text', 'TinyState', 'latent_of', 'vae_loss', 'latent_scale', 'clip_loss',
+           'class_embeddings', 'image_embeddings', 'zero_shot', 'unet_loss', 'tiny_step', 'as_pipeline', 'TinyWatch',
+           'reconstruct', 'psnr', 'tile', 'samples', 'train_tiny', 'check_loss', 'token_scale', 'as_clip',
+           'save_pipeline', 'work_tiny', 'run_tiny', 'finish_tiny']
 
 # %% ../nbs/03c1_tiny.ipynb #d928075d
 import copy, json, math, shutil
@@ -241,6 +241,23 @@ def captioned(s: Split, size: int, without: list) -> Split:
     x = s.images if s.images.shape[-2:] == (size, size) else torch.from_numpy(np.stack([fit_image(i, size) for i in s.images.numpy()]))
     return replace(s, images=x.expand(-1, 3, -1, -1).contiguous(), classes=[str(c) for c in s.classes])
 
+def gathered(folders: list, part: str, size: int, held_out: str = '') -> list:
+    "A part of each data set as `captioned`, without the classes that are held out."
+    splits = [load_split(f, part) for f in folders]
+    out, first = numbers_of(held_out, [c for s in splits for c in s.classes]), np.cumsum([0, *[len(s.classes) for s in splits]])
+    return [captioned(s, size, [i - at for i in out]) for s, at in zip(splits, first)]
+
+def together(splits: list, level: bool = False) -> Split:
+    "Captioned splits as one, with all their classes; `level`: images of the smaller ones are repeated, so that each is drawn about as often."
+    if len(splits) == 1: return splits[0]
+    classes, first = [c for s in splits for c in s.classes], np.cumsum([0, *[len(s.classes) for s in splits]])
+    if twice := [c for c, n in Counter(classes).items() if n > 1]:
+        raise SettingError(f'tiny.uses: {" and ".join(s.name for s in splits)} both have a class {twice[0]!r}, whose caption would mean either')
+    times = [round(max(map(len, splits))/len(s)) if level else 1 for s in splits]
+    x = torch.cat([s.images.repeat(n, 1, 1, 1) for s, n in zip(splits, times)])
+    y = torch.cat([(s.labels + int(at)).repeat(n) for s, n, at in zip(splits, times, first)])
+    return Split('+'.join(s.name for s in splits), x, y, classes, digest(x, y), digest([s.cut for s in splits]), sum((s.saw for s in splits), ()))
+
 def numbers_of(names: str, classes: list) -> list:
     "Numbers of the classes that are named, separated by commas."
     classes, out = [str(c) for c in classes], sorted({n.strip() for n in names.split(',') if n.strip()})
@@ -445,8 +462,8 @@ def tile(images: torch.Tensor, rows: int) -> torch.Tensor:
     return grid.permute(2, 0, 3, 1, 4).reshape(images.shape[1], rows*images.shape[2], -1)
 
 def samples(s: TinyState, val: Split, rows: int) -> torch.Tensor:
-    "Samples of the average, a column for each of the first ten classes it was trained on."
-    cols = sorted(set(val.labels.tolist()))[:10]
+    "Samples of the average, a column for each of the first twenty classes it was trained on."
+    cols = sorted(set(val.labels.tolist()))[:20]
     prompts = [s.cfg.templates[0].format(s.classes[c]) for c in cols]*rows
     return draw(as_pipeline(s), prompts, range(len(prompts)), s.cfg.seed, num_inference_steps=s.cfg.sample_steps, guidance_scale=s.cfg.guidance)
 
@@ -517,27 +534,27 @@ def work_tiny(cfg: TinyConfig, facts: dict) -> dict:
 
 def run_tiny(stage: Stage) -> dict:
     "The stage: train VAE, CLIP and U-Net one after the other, and write the pipeline's folder."
-    cfg, (whole, val) = stage.cfg, [load_split(stage.input('splits'), p) for p in ('train', 'val')]
-    out = numbers_of(cfg.held_out, whole.classes)
+    cfg, folders = stage.cfg, stage.inputs['splits']
+    known, judged, val = [gathered(folders, p, cfg.size, out) for p, out in (('train', cfg.held_out), ('val', cfg.held_out), ('val', ''))]
     cfg.check({})
-    train, s = captioned(whole, cfg.size, out), TinyState(cfg, whole.classes, stage.machine)
+    train, s = together(known, level=True), TinyState(cfg, [c for part in known for c in part.classes], stage.machine)
     stage.tensorboard()
-    train_tiny(s, train, stage, TinyWatch(stage, captioned(val, cfg.size, out)))
-    return finish_tiny(s, stage, whole.only(sorted(set(range(len(whole.classes))) - set(out))), train, captioned(val, cfg.size, []), out)
+    train_tiny(s, train, stage, TinyWatch(stage, together(judged)))
+    return finish_tiny(s, stage, known, train, together(val))
 
-def finish_tiny(s: TinyState, stage: Stage, seen: Split, train: Split, val: Split, out: list) -> dict:
+def finish_tiny(s: TinyState, stage: Stage, seen: list, train: Split, val: Split) -> dict:
     "Write the folder, the film and the result."
-    answers = s.answers(val.images) == val.labels
+    answers, out = s.answers(val.images) == val.labels, numbers_of(s.cfg.held_out, s.classes)
     names = lambda numbers: [s.classes[i] for i in numbers]
     trained = [i for i in range(len(s.classes)) if i not in out]
     right = {s.classes[i]: float(answers[val.labels == i].float().mean()) for i in range(len(s.classes)) if (val.labels == i).any()}
     last = {k: float(stage.history.column(k)[1][-1]) for k in ('psnr', 'val_loss')}
-    stage.saw = list(seen.saw)
-    facts = dict(saw=stage.saw, cuts={seen.name.split('/')[0]: seen.cut}, trained=names(trained), held_out=names(out), templates=s.cfg.templates,
+    stage.saw, cuts = [d for part in seen for d in part.saw], {part.name.split('/')[0]: part.cut for part in seen}
+    facts = dict(saw=stage.saw, cuts=cuts, trained=names(trained), held_out=names(out), templates=s.cfg.templates,
                  size=s.cfg.size, licence='', prediction=s.cfg.prediction, scaling_factor=s.nets['vae'].config.scaling_factor)
     made = save_pipeline(s, stage.dir/'pipeline', train, facts)
     animate(stage.dir/'pictures'/'unet', stage.dir/'film.png')
-    result = dict(n_train=len(train), accuracy=float(np.mean([right[c] for c in facts['trained'] if c in right])), recall=right,
+    result = dict(n_train=sum(map(len, seen)), accuracy=float(np.mean([right[c] for c in facts['trained'] if c in right])), recall=right,
                   **last, trained=facts['trained'],
                   held_out=facts['held_out'], scaling_factor=facts['scaling_factor'], digest=made, parameters={
                       k: sum(p.numel() for p in s.nets[k].parameters()) for k in ('vae', 'text', 'image', 'unet')})
