@@ -5,7 +5,7 @@ WORKERS ?= 2
 STEPS ?= 200
 V := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-gafi results-diffusion results-few-shot results-tiny results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
+.PHONY: help .venv demo lab test bench results-fast results-gan-study results-search results-gafi results-diffusion results-few-shot results-tiny results-realfake results-metrics presets torture docs lint format hooks check-pip check-export check-clean check-readme check-docs check-nbs check-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z.-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -31,7 +31,7 @@ presets: .venv/.installed-dev ## train every GAN preset STEPS=200 steps on CIFAR
 	$(V)/python tests/presets_on_real_data.py $(STEPS)
 
 # keep: what the pages of nbs/results print of each stage of run $(1), under nbs/results/$(2)
-keep = for s in runs/$(1)/*/; do [ ! -f $$s/manifest.json ] || [ $$(basename $$s) = splits ] || [ $$(basename $$s) = cifar ] || expr $$s : ".*old-" >/dev/null && continue; to=nbs/results/$(2)/$$(basename $$s); \
+keep = for s in runs/$(1)/*/; do [ ! -f $$s/manifest.json ] || expr $$(basename $$s) : 'splits\|cifar' >/dev/null || expr $$s : ".*old-" >/dev/null && continue; to=nbs/results/$(2)/$$(basename $$s); \
 	  for f in manifest.json result.json times.json history.parquet scores.parquet; do [ ! -f $$s/$$f ] || { mkdir -p $$to && cp $$s/$$f $$to/; } || exit 1; done; done
 
 results-fast: .venv/.installed ## train the recipe `fast` with three seeds on Fashion-MNIST and CIFAR-10 (hours on two cores; goes on where it was) for nbs/results/fast.ipynb
@@ -59,16 +59,18 @@ results-diffusion: .venv/.installed ## a diffusion model of 40 core-minutes and 
 	$(V)/synthlit run diffusion_study_cpu
 	$(call keep,diffusion_study_cpu,diffusion)
 
-TINY := zero_shot_tiny_cpu few_shot_tiny_cpu pretrain_tiny_cpu realfake_tiny_cpu
-share = [ -e runs/$(1)/tiny ] || { mkdir -p runs/$(1) && cp -r runs/zero_shot_tiny_cpu/cifar runs/zero_shot_tiny_cpu/tiny runs/$(1)/; }
-results-tiny: .venv/.installed ## the tiny twins of He et al. and of Real-Fake (hours of one core; goes on where it was); their CLIP and pipeline are trained once
-	$(V)/synthlit run zero_shot_tiny_cpu
-	$(call share,few_shot_tiny_cpu)
-	$(call share,realfake_tiny_cpu)
-	$(V)/synthlit run few_shot_tiny_cpu
-	$(V)/synthlit run pretrain_tiny_cpu
-	$(V)/synthlit run realfake_tiny_cpu
+TINY := zero_shot_tiny_cpu few_shot_tiny_cpu pretrain_tiny_cpu
+share = [ -e runs/few_shot_tiny_cpu ] || { mkdir -p runs/few_shot_tiny_cpu && cd runs/zero_shot_tiny_cpu && cp -r run.json splits-* tiny clip ../few_shot_tiny_cpu/; }
+results-tiny: .venv/.installed ## the tiny twins of He et al. (hours of one core; goes on where it was) for nbs/results/ready.ipynb; the first two share a CLIP and a pipeline
+	$(V)/synthlit run zero_shot_tiny_cpu --jobs 2
+	$(share)
+	$(V)/synthlit run few_shot_tiny_cpu --jobs 2
+	$(V)/synthlit run pretrain_tiny_cpu --jobs 2
 	$(foreach p,$(TINY),$(call keep,$(p),tiny/$(p)) ;)
+
+results-realfake: .venv/.installed ## the tiny twin of Real-Fake (hours of one core; goes on where it was)
+	$(V)/synthlit run realfake_tiny_cpu --jobs 2
+	$(call keep,realfake_tiny_cpu,tiny/realfake_tiny_cpu)
 
 results-few-shot: .venv/.installed ## five class splits of Omniglot, two at a time (70 minutes on two cores; goes on where it was) for nbs/results/few_shot.ipynb
 	printf '%s\n' 0 1 2 3 4 | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '$(V)/synthlit run few_shot_omniglot_cpu -p splits.seed={} --out runs/few_shot_omniglot_cpu_{} && \
