@@ -207,7 +207,7 @@ def preset_name(params: dict) -> str:
     "The preset row of a chain: as said, else the one named like its data set, else `digits`."
     from synthlit.splits import SPLITS_PRESETS
     dataset = (params['stages'].get('splits') or {}).get('dataset', 'digits')
-    return params.get('preset') or (dataset if dataset in SPLITS_PRESETS else 'digits')
+    return params.get('preset') or (dataset if isinstance(dataset, str) and dataset in SPLITS_PRESETS else 'digits')
 
 # %% ../nbs/09a_plan.ipynb #33cf5030
 def lineage_of(stage: str, reads: dict) -> dict:

@@ -26,12 +26,14 @@ from synthlit.core import (
     run_machine,
     small_stage,
 )
+from synthlit.plan import plan, read_params
 from synthlit.splits import Split, load_split
 from synthlit.tiny import (
     TEMPLATES,
     TINY_PRESETS,
     TinyConfig,
     TinyState,
+    captioned,
     class_embeddings,
     clip_loss,
     draw,
@@ -41,6 +43,7 @@ from synthlit.tiny import (
     numbers_of,
     open_pipeline,
     random_pipeline,
+    together,
     train_tiny,
     unet_loss,
     word_merges,
@@ -319,3 +322,34 @@ def test_a_finished_folder_is_repeated_from_its_settings(run, tmp_path):
     shutil.rmtree(copy / "tiny")
     small_stage(copy, "tiny", **(TINY_PRESETS["smoke"] | dict(held_out="3, 5", size=8, patch=4, latent=4)))
     assert load_json(copy / "tiny" / "result.json") == load_json(run / "tiny" / "result.json")
+
+
+def test_two_data_sets_are_learned_as_one(run, tmp_path):
+    """All classes of both, the smaller set repeated in training and whole in what is said of it; other stages stand on one of them each."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    small_stage(copy, "splits", "letters", dataset="mnist", smoke=40)
+    with pytest.raises(SettingError, match="tiny.uses: .* both have a class '0'"):
+        small_stage(copy, "tiny", "both", dict(splits=["splits", "letters"]), **TINY_PRESETS["smoke"])
+    small_stage(copy, "splits", "clothes", dataset="fashion_mnist", smoke=40)
+    settings = TINY_PRESETS["smoke"] | dict(held_out="3, Bag", size=8, patch=4, latent=4)
+    small_stage(copy, "tiny", "both", dict(splits=["splits", "clothes"]), **settings)
+    result, facts = load_json(copy / "both" / "result.json"), load_json(copy / "both" / "pipeline" / "synthlit.json")
+    parts = [load_split(copy / k, "train") for k in ("splits", "clothes")]
+    known = [s.only([i for i, c in enumerate(s.classes) if str(c) not in ("3", "Bag")]) for s in parts]
+    assert result["held_out"] == ["3", "Bag"] and len(result["recall"]) == 20 and result["n_train"] == sum(map(len, known))
+    assert facts["saw"] == [d for s in known for d in s.saw] and len(facts["cuts"]) == 2
+    both = together([captioned(s, 8, []) for s in parts], level=True)
+    first = both.labels < 10
+    assert abs(int(first.sum()) - int((~first).sum())) <= min(map(len, parts)) / 2 and both.classes[10] == "T-shirt"
+    assert torch.equal(both.images[~first][: len(parts[1])], captioned(parts[1], 8, []).images)
+
+
+def test_what_stands_on_a_pipeline_of_two_data_sets_is_made_for_each():
+    stages = dict(splits=dict(dataset=["digits", "mnist"]), tiny={}, text2image={}, generate={}, tuning={})
+    nodes = {n.name: n for n in plan(read_params(dict(stages=stages)))}
+    assert [n.name for n in nodes["tiny"].reads["splits"]] == ["splits-datasetdigits", "splits-datasetmnist"]
+    for d in ("datasetdigits", "datasetmnist"):
+        reads = nodes[f"tuning-{d}"].reads
+        assert [n.name for n in reads["splits"]] == [f"splits-{d}"] and [n.name for n in reads["set"]] == [f"generate-{d}"]
+        assert [n.name for n in nodes[f"text2image-{d}"].reads["pipeline"]] == ["tiny"]
+    assert len(nodes) == 9
