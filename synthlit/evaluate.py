@@ -329,7 +329,7 @@ def work_evaluate(cfg: EvaluateConfig, facts: dict) -> dict:
     few, extra = facts['generators']*min(cfg.row_seeds, len(cfg.seeds)), bool(cfg.recycle) + cfg.teacher + bool(cfg.real_share)
     runs, changing = (2 + cfg.fixed)*len(cfg.seeds) - 1 + (1 + cfg.fixed)*few, extra*len(cfg.seeds) + bool(cfg.recycle)*few
     runs += (cfg.curve + 6*cfg.transfer)*len(cfg.seeds) + cfg.references
-    drawn = runs*facts['n_train'] + 2*changing*facts['recipe_images']/(cfg.recycle or 1)  # about half of the candidates pass
+    drawn = runs*facts['n_train'] + 2*changing*cfg.factor*facts['recipe_images']/(cfg.recycle or 1)  # about half of the candidates pass
     return dict(classifier=(runs + changing)*facts['recipe_images'], sample=drawn, disk=(runs + changing)*1e6)
 
 def run_evaluate(stage: Stage) -> dict:
