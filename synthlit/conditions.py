@@ -81,8 +81,11 @@ def class_prompts(
     if strange := sorted(map(str, set(names) - set(classes))):
         raise SettingError(f'text2image.names has {strange[0]!r}, which is no class; {nearest(strange[0], classes)}')
     if file: return dict(enumerate(load_prompts(file, classes).values()))
-    plain = template if template and '{caption}' not in template else TEMPLATES[0]
-    return {i: [fill(plain, spoken(c, names))] for i, c in enumerate(classes)}
+    plain, said = template if template and '{caption}' not in template else TEMPLATES[0], [spoken(c, names) for c in classes]
+    for c, words in zip(classes, said):
+        if not words.strip(): raise SettingError(f'text2image.names: {c!r} has no words, and a prompt needs some')
+        if said.count(words) > 1: raise SettingError(f'text2image.names: {c!r} and another class are both called {words!r}; their prompts would be the same')
+    return {i: [fill(plain, words)] for i, words in enumerate(said)}
 
 # %% ../nbs/03c3_conditions.ipynb #e05e5356
 def encode(pipe, prompts: list) -> tuple:

@@ -9,7 +9,7 @@ __all__ = ['GENERATE_PRESETS', 'FEATURES', 'GenerateConfig', 'addresses', 'Maker
            'work_generate', 'run_generate']
 
 # %% ../nbs/05b_generate.ipynb #d0b4cb87
-import json
+import json, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,10 @@ def holds(path, rows: Rows) -> bool:
 def load_set(folder, classes: list | None = None) -> tuple:
     "(images uint8 N×C×H×W, labels int64, class names) of Parquet shards or an image folder; `classes` gives the order of class folders."
     folder = Path(folder)
-    if shards := shards_of(folder).get('train') or sorted(folder.glob('*.parquet')):
+    if shards := shards_of(folder).get('train') or sorted(f for f in folder.glob('*.parquet') if not f.name.startswith('.')):
+        totals = [m[1] for f in shards if (m := re.search(r'-of-(\d+)', f.stem))]
+        for t in {*totals}:
+            if totals.count(t) != int(t): raise DataError(f'{folder}: {totals.count(t)} of {int(t)} shards; the set is not whole, make it again')
         image, label, names = columns_of(shards[0])
         y = [c for p in shards for c in load_table(p, [label])[label].to_pylist()]
         return torch.from_numpy(decode_all(parquet_cells(shards, image), len(y))), torch.tensor(y), names or [str(i) for i in range(max(y) + 1)]

@@ -47,7 +47,7 @@ class TuningConfig:
     model: str = ''  # image-text model: hub id or folder; random = untrained, to try the chain; empty = that of the run's tiny pipeline
     revision: str = ''  # of the hub: branch, tag or commit
     templates: list[str] | None = None  # texts of a class, with {class} or {a}; None = of template_set, else the pipeline's own, else a photo
-    template_set: str = ''  # a row of the template file (eurosat, birds, sketch, plain, pets, food, aircraft): its templates and names
+    template_set: str = ''  # a row of the template file (eurosat, birds, flowers, dtd, sketch, plain, pets, food, aircraft): its templates and names
     names: dict = field(default_factory=dict)  # class -> words for it
     first_resize: Annotated[int | None, (4, 1024)] = None  # short side, pixels, that images are brought to first (published: CIFAR 32, EuroSAT 64)
     precision: Literal['auto', 'fp32', 'fp16', 'bf16'] = 'fp32'  # of the model

@@ -24,6 +24,7 @@ SMOKED = (
     "realfake_imagenette_gpu",
     "search_digits",
     "zero_shot_eurosat_gpu",
+    "zero_shot_tiny_cpu",
 )
 OWN_TEST = ("digits", "gafi_digits", "few_shot_digits")  # these run in full elsewhere
 
@@ -34,8 +35,9 @@ def given(file, imagenet) -> list:
 
 
 @pytest.mark.parametrize("name", SMOKED)
-def test_parameter_files_are_wired_right(name, imagenet, tmp_path):
-    """Files that come with synthlit: smoke, all stages."""
+def test_parameter_files_are_wired_right(name, imagenet, tmp_path, monkeypatch):
+    """Files that come with synthlit: smoke, all stages, without asking a hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     start, file = time.time(), notebooks_dir() / "params" / f"{name}.yaml"
     mine = given(file, imagenet)
     out = command("synthlit", "run", file, "--smoke", "--out", tmp_path / "smoke", *mine, cwd=tmp_path)

@@ -216,6 +216,10 @@ def test_prompts_by_class(tmp_path):
     assert class_prompts(CLASSES, names=dict(cat="Felis {x}"))[0] == ["Felis {x}, photo, best quality"]
     with pytest.raises(SettingError, match="did you mean 'cat'"):
         class_prompts(CLASSES, names=dict(kat="x"))
+    with pytest.raises(SettingError, match="'cat' has no words"):
+        class_prompts(["cat", "dog"], names=dict(cat=" "))
+    with pytest.raises(SettingError, match="both called 'dog'"):
+        class_prompts(["cat", "dog"], names=dict(cat="dog"))
 
 
 @pytest.mark.parametrize(

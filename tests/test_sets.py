@@ -367,6 +367,15 @@ def load(path, shape=SHAPE, classes=TEN, **kw):
     return load_made(ImportedConfig(str(path), **kw), shape, classes)
 
 
+def test_a_set_with_a_shard_missing_is_not_read(floor, tmp_path):
+    y, i = addresses(list(range(10)), 6)
+    write_shards(tmp_path, Rows([Maker(floor)], y, i), 25)
+    assert len(load_set(tmp_path)[1]) == 60
+    (tmp_path / "train-00002-of-00003.parquet").rename(tmp_path / ".train-00002-part.parquet")
+    with pytest.raises(DataError, match="2 of 3 shards"):
+        load_set(tmp_path)
+
+
 def test_folder_shards_and_arrays_are_the_same_set(made, floor, tmp_path):
     y, i = addresses(list(range(10)), 6)
     write_shards(tmp_path / "shards", Rows([Maker(floor)], y, i), 25)
