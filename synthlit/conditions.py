@@ -84,7 +84,8 @@ def class_prompts(
     plain, said = template if template and '{caption}' not in template else TEMPLATES[0], [spoken(c, names) for c in classes]
     for c, words in zip(classes, said):
         if not words.strip(): raise SettingError(f'text2image.names: {c!r} has no words, and a prompt needs some')
-        if said.count(words) > 1: raise SettingError(f'text2image.names: {c!r} and another class are both called {words!r}; their prompts would be the same')
+        if said.count(words) > 1:
+            raise SettingError(f'text2image.names: {c!r} and another class are both called {words!r}; their prompts would be the same')
     return {i: [fill(plain, words)] for i, words in enumerate(said)}
 
 # %% ../nbs/03c3_conditions.ipynb #e05e5356

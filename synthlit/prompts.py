@@ -33,7 +33,7 @@ class PromptsConfig:
     revision: str = ''  # of the hub: branch, tag or commit
     file: str = ''  # prompts in the form of prompts.json, written or changed by hand
     names: dict = field(default_factory=dict)  # class -> words for it, with their article where a plain a/an is wrong
-    templates: str = ''  # a row of the template file (eurosat, birds, flowers, dtd, sketch, plain, pets, food, aircraft): its prefix, names and domain
+    templates: str = ''  # a row of the template file (eurosat, birds, sketch, plain, pets, ...): its prefix, names and domain
     domain: str = ''  # of the grammar: photo, satellite, sketch, digit; empty = of the templates' row, else photo
     prefix: str | None = None  # before each of the model's sentences; None = of the templates' row, else nothing
     ask: str = ''  # what the model is told, with {class} or {a} (with its article); empty = as its kind needs
